@@ -1,0 +1,305 @@
+"""What the core and its plugins say to each other: records, contracts and plain data.
+
+A hook returns *records*: frozen, with a name and a lazy ``"module:attr"`` target that is imported only when chosen.
+A target fulfils a *contract*: one of the Protocols below. Importing this module imports no torch and no web framework.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import msgspec
+
+if TYPE_CHECKING:
+    import torch
+    from tokenizers import Tokenizer as RawTokenizer
+
+    from lightllm.engine.request import SamplingParams
+    from lightllm.nn.batch import Batch, KVPool
+    from lightllm.nn.layers import Linear, Make
+
+
+class UserError(Exception):
+    """Something the person at the command line can mend. Shown as one line, never as a traceback."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plain data
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a checkpoint says of itself, in Hugging Face's terms whatever the file format.
+
+    ``config`` is config.json (or its equivalent), ``generation`` generation_config.json (may be empty).
+    """
+
+    path: str
+    architecture: str
+    config: dict[str, Any]
+    generation: dict[str, Any] = {}
+    chat_template: str | None = None
+    bos_token: str | None = None
+    eos_token: str | None = None
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A field of config.json; ``default`` where it is absent or null."""
+        value = self.config.get(key)
+        return default if value is None else value
+
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Ids that end a generation: generation_config.json's, else config.json's; one id or several."""
+        for source in (self.generation, self.config):
+            ids = source.get("eos_token_id")
+            if ids is not None:
+                return tuple(ids) if isinstance(ids, list) else (int(ids),)
+        return ()
+
+
+class AttentionSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One attention layer as this rank sees it. ``window``: a token sees itself and the ``window - 1`` before it."""
+
+    layer: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None = None
+
+
+class AttentionJob(msgspec.Struct, frozen=True, kw_only=True):
+    """What an attention backend is asked to do. ``device`` is a torch device type, ``dtype`` a torch dtype's name."""
+
+    layers: tuple[AttentionSpec, ...]
+    device: str
+    dtype: str
+    max_model_len: int
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records: what hooks return
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """``name`` is what users type; ``target`` is ``"module:attr"``; ``summary`` is shown by `lightllm-serve plugins`."""
+
+    name: str
+    target: str
+    summary: str = ""
+
+
+class ModelRecord(Record, frozen=True, kw_only=True):
+    """A model architecture. Target: a `Model`. ``architectures``: the names it serves in config.json's list."""
+
+    architectures: tuple[str, ...]
+
+
+class AttentionBackendRecord(Record, frozen=True, kw_only=True):
+    """Target: an `AttentionBackend`. ``supports`` answers None, or why this job cannot be done.
+
+    Under ``--attention-backend auto`` the highest ``priority`` that supports the job is chosen.
+    """
+
+    supports: Callable[[AttentionJob], str | None] | None = None
+    priority: int = 0
+
+
+class SamplerRecord(Record, frozen=True, kw_only=True):
+    """Target: a `Sampler`. Under ``--sampler auto`` the highest ``priority`` is chosen."""
+
+    priority: int = 0
+
+
+class LogitsProcessorRecord(Record, frozen=True, kw_only=True):
+    """Target: a `LogitsProcessor`. ``fields``: the extra request fields it claims; it sees requests that set one."""
+
+    fields: tuple[str, ...]
+
+
+class ToolParserRecord(Record, frozen=True, kw_only=True):
+    """Target: a `ToolParser`."""
+
+
+class ReasoningParserRecord(Record, frozen=True, kw_only=True):
+    """Target: a `ReasoningParser`."""
+
+
+class WeightFormatRecord(Record, frozen=True, kw_only=True):
+    """A checkpoint format. Target: a `WeightFormat` (may use torch). ``checkpoint``: the ``"module:attr"`` of its
+    `Checkpoint`, which the server process reads, so it must not import torch. ``matches`` answers None when this is
+    its format, else the reason why not.
+    """
+
+    checkpoint: str
+    matches: Callable[[Path], str | None]
+
+
+class LinearMethodRecord(Record, frozen=True, kw_only=True):
+    """Target: a `LinearMethod`: how linear layers hold and multiply their weights (``--quantization NAME``).
+
+    ``matches`` (optional) recognises a checkpoint that is already quantized this way.
+    """
+
+    matches: Callable[[ModelInfo], str | None] | None = None
+
+
+class Listener(msgspec.Struct, frozen=True, kw_only=True):
+    """Called in the server process. ``on_request`` and ``on_finish`` get plain dicts; a raising listener is logged."""
+
+    name: str
+    on_request: Callable[[Mapping[str, Any]], None] | None = None
+    on_finish: Callable[[Mapping[str, Any]], None] | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Contracts: what targets fulfil
+
+
+class Model(Protocol):
+    """A decoder; in practice a `torch.nn.Module`. Built of ``make``'s layers, which bind dtype, device and shard."""
+
+    weights: ClassVar[Mapping[str, tuple[str, ...]]]
+    """Packed layer -> the checkpoint's names of its parts, e.g. ``{"qkv_proj": ("q_proj", "k_proj", "v_proj")}``."""
+
+    def __init__(self, info: ModelInfo, make: Make) -> None: ...
+
+    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """``tokens``, ``positions``: [tokens] -> hidden states [tokens, hidden]."""
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[rows, hidden] -> [rows, vocabulary]."""
+
+
+class AttentionBackend(Protocol):
+    """Writes each step's keys and values into the pool and attends over it. Knows no model."""
+
+    capturable: ClassVar[bool]
+    """Whether `attend` may run inside a CUDA graph."""
+
+    def __init__(self, job: AttentionJob, pool: KVPool) -> None: ...
+
+    def plan(self, batch: Batch) -> Any:
+        """Once a step, before the first layer: whatever all layers share. Kept in ``batch.plan``."""
+
+    def attend(
+        self, layer: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch
+    ) -> torch.Tensor:
+        """q [tokens, heads, head_dim]; k, v [tokens, kv_heads, head_dim] -> [tokens, heads, head_dim]."""
+
+
+class SamplingRow(Protocol):
+    """One sequence about to get a token, as samplers and logits processors see it. Not to be modified."""
+
+    params: SamplingParams
+    prompt: Sequence[int]
+    output: Sequence[int]
+    index: int
+    """Which of the request's ``n`` choices this is."""
+    seed: int
+    """The request's seed, or one drawn for it. The same (seed, index, len(output)) must give the same draw."""
+
+
+class Sampler(Protocol):
+    """Picks the next token of every row. Log-probabilities are the core's: taken before the sampler sees the logits."""
+
+    def sample(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+        """logits [rows, vocabulary] float32, may be overwritten -> tokens [rows] int64 on the same device."""
+
+
+class LogitsProcessor(Protocol):
+    """Changes the logits of the requests that set one of its fields, before the sampler."""
+
+    def __init__(self, info: ModelInfo) -> None: ...
+
+    def validate(self, fields: Mapping[str, Any]) -> None:
+        """Raise ValueError to refuse a request; its text becomes the client's 400."""
+
+    def apply(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
+        """In place; logits [rows, vocabulary] holds only the rows that claimed it (``row.params.extra``)."""
+
+
+class LinearMethod(Protocol):
+    """How one linear layer holds its weight and multiplies by it."""
+
+    def create(self, layer: Linear) -> None:
+        """Register the parameters to be loaded (the usual one: ``weight`` [out, in])."""
+
+    def finish(self, layer: Linear) -> None:
+        """Called once, when every part of this layer has been loaded: pack or quantize."""
+
+    def apply(self, layer: Linear, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in] -> [..., out], bias included."""
+
+
+class Checkpoint(Protocol):
+    """What a weight format can say of a model on disk without torch. Used in every process."""
+
+    def __init__(self, path: Path) -> None: ...
+
+    def info(self) -> ModelInfo: ...
+
+    def tokenizer(self) -> RawTokenizer:
+        """A `tokenizers.Tokenizer`."""
+
+
+class WeightFormat(Protocol):
+    """Reads tensors, one at a time, so that peak memory stays at the weights plus one shard."""
+
+    def __init__(self, path: Path, info: ModelInfo) -> None: ...
+
+    def nbytes(self) -> int:
+        """Bytes on disk, for the progress bar."""
+
+    def tensors(self, expected: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields (Hugging Face name, tensor). ``expected`` are the names the model asks for, to help translation;
+        tensors nobody asked for are yielded too, so that the loader can name them."""
+
+
+class Text(msgspec.Struct, frozen=True):
+    """Content for the user."""
+
+    text: str
+
+
+class Reasoning(msgspec.Struct, frozen=True):
+    """Thought, shown apart from the content."""
+
+    text: str
+
+
+class CallStart(msgspec.Struct, frozen=True):
+    """A tool call begins. ``index`` counts calls from 0."""
+
+    index: int
+    name: str
+
+
+class CallArguments(msgspec.Struct, frozen=True):
+    """The next piece of call ``index``'s arguments, as the model wrote them."""
+
+    index: int
+    fragment: str
+
+
+Event = Text | Reasoning | CallStart | CallArguments
+
+
+class ToolParser(Protocol):
+    """An incremental machine. Law: every way of cutting the text into pushes gives the same events when joined."""
+
+    def __init__(self, tools: Sequence[Mapping[str, Any]]) -> None: ...
+
+    def push(self, text: str) -> Iterable[Text | CallStart | CallArguments]: ...
+
+    def close(self) -> Iterable[Text | CallStart | CallArguments]: ...
+
+
+class ReasoningParser(Protocol):
+    """Splits thought from content; obeys the same law as tool parsers. ``prompt``: the rendered prompt."""
+
+    def __init__(self, prompt: str) -> None: ...
+
+    def push(self, text: str) -> Iterable[Text | Reasoning]: ...
+
+    def close(self) -> Iterable[Text | Reasoning]: ...
