@@ -198,6 +198,8 @@ class SamplingRow(Protocol):
     """Which of the request's ``n`` choices this is."""
     seed: int
     """The request's seed, or one drawn for it. The same (seed, index, len(output)) must give the same draw."""
+    stop_ids: Sequence[int]
+    """Ids that end this sequence: the model's eos (unless ignore_eos) and the request's stop_token_ids."""
 
 
 class Sampler(Protocol):

@@ -1,0 +1,140 @@
+"""Attention over the token-granular KV pool with `scaled_dot_product_attention`.
+
+Prompts (several new tokens) are done one by one; decodes (one new token) in groups of similar length, padded. Query
+heads that share a kv head become rows of one query matrix, so that keys and values are never repeated in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from lightllm import AttentionJob, AttentionSpec
+from lightllm.nn.batch import Batch, KVPool
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+
+@dataclass
+class Prompt:
+    """Tokens ``start:end`` of the step, the last of a context whose slots are ``keys``."""
+
+    start: int
+    end: int
+    keys: Tensor | slice
+    mask: Tensor | None
+    """[new, context] bool, True where a query may look; None: plain causal over the new tokens."""
+
+
+@dataclass
+class Decodes:
+    """Single tokens at ``rows`` of the step with slots ``keys`` [rows, longest] (or one contiguous slice)."""
+
+    rows: Tensor
+    keys: Tensor | slice
+    mask: Tensor | None
+    """[rows, 1, 1, longest] bool; None: all of them."""
+
+
+@dataclass
+class Plan:
+    prompts: list[Prompt] = field(default_factory=list)
+    decodes: list[Decodes] = field(default_factory=list)
+
+
+class TorchAttention:
+    """`lightllm.AttentionBackend`."""
+
+    capturable: ClassVar[bool] = False
+
+    def __init__(self, job: AttentionJob, pool: KVPool) -> None:
+        self.pool = pool
+        self.windows = {layer.window for layer in job.layers}
+        self.device = torch.device(job.device)
+
+    def plan(self, batch: Batch) -> dict[int | None, Plan]:
+        """One plan per sliding window in use: each sees another part of the context."""
+        return {window: self._plan(batch, window) for window in self.windows}
+
+    def _plan(self, batch: Batch, window: int | None) -> Plan:
+        plan, start = Plan(), 0
+        decodes: list[tuple[int, Tensor]] = []
+        for new, context, table in zip(batch.query_lengths, batch.context_lengths, batch.tables, strict=True):
+            if new == 1:
+                decodes.append((start, table if window is None else table[-window:]))
+            else:
+                plan.prompts.append(self._prompt(start, new, context, table, window))
+            start += new
+        # Longest first, a new group where padding would more than double a row.
+        decodes.sort(key=lambda d: -len(d[1]))
+        while decodes:
+            longest = len(decodes[0][1])
+            size = next((i for i, (_, table) in enumerate(decodes) if 2 * len(table) + 64 < longest), len(decodes))
+            plan.decodes.append(self._decodes(decodes[:size], longest))
+            decodes = decodes[size:]
+        return plan
+
+    def _prompt(self, start: int, new: int, context: int, table: Tensor, window: int | None) -> Prompt:
+        if window is None or context <= window:
+            first = 0
+        else:
+            first = max(0, context - new - window + 1)  # the oldest key any of the new tokens can see
+        keys, mask = _run(table[first:]), None
+        if context > new or (window is not None and window < context):
+            query = torch.arange(context - new, context, device=self.device)[:, None]
+            key = torch.arange(first, context, device=self.device)
+            mask = key <= query
+            if window is not None:
+                mask &= key > query - window
+        return Prompt(start, start + new, keys, mask)
+
+    def _decodes(self, group: Sequence[tuple[int, Tensor]], longest: int) -> Decodes:
+        rows = torch.tensor([row for row, _ in group], device=self.device)
+        if len(group) == 1:
+            return Decodes(rows, _run(group[0][1]), None)
+        tables = [table for _, table in group]
+        keys = torch.nn.utils.rnn.pad_sequence(tables, batch_first=True, padding_value=self.pool.slots)
+        mask = None
+        if any(len(table) < longest for table in tables):
+            lengths = torch.tensor([len(table) for table in tables], device=self.device)
+            mask = (torch.arange(longest, device=self.device) < lengths[:, None])[:, None, None]
+        return Decodes(rows, keys, mask)
+
+    def attend(self, layer: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
+        pool_k, pool_v = self.pool.k[layer.layer], self.pool.v[layer.layer]
+        pool_k.index_copy_(0, batch.slots, k)
+        pool_v.index_copy_(0, batch.slots, v)
+        out = torch.empty_like(q)
+        group = layer.heads // layer.kv_heads
+        plan: Plan = batch.plan[layer.window]
+        for p in plan.prompts:
+            # kv heads as the batch, their query heads as heads; keys are broadcast over these, not copied
+            queries = q[p.start : p.end].unflatten(1, (layer.kv_heads, group)).permute(1, 2, 0, 3)
+            keys = pool_k[p.keys].transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
+            values = pool_v[p.keys].transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
+            y = scaled_dot_product_attention(
+                queries, keys, values, attn_mask=p.mask, is_causal=p.mask is None, scale=layer.scale
+            )
+            out[p.start : p.end] = y.permute(2, 0, 1, 3).flatten(1, 2)
+        for d in plan.decodes:
+            # with one query token, a kv head's query heads are its query rows
+            queries = q[d.rows].unflatten(1, (layer.kv_heads, group))
+            keys, values = pool_k[d.keys], pool_v[d.keys]
+            if keys.dim() == 3:
+                keys, values = keys.unsqueeze(0), values.unsqueeze(0)
+            y = scaled_dot_product_attention(
+                queries, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=d.mask, scale=layer.scale
+            )
+            out[d.rows] = y.flatten(1, 2)
+        return out
+
+
+def _run(table: Tensor) -> Tensor | slice:
+    """A slice where the slots are consecutive (then reading them is a view, not a copy), else the table itself."""
+    if table.device.type == "cpu":  # elsewhere the test would wait for the device
+        first, last = int(table[0]), int(table[-1])
+        if last - first == len(table) - 1 and bool((table.diff() == 1).all()):
+            return slice(first, last + 1)
+    return table

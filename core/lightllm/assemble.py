@@ -1,0 +1,287 @@
+"""The composition root: Config and Plugins become an engine (in its process) and a Litestar app (in the server's).
+
+The only module that knows everyone. Heavy imports stay inside the functions of the process that needs them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from lightllm.config import Config, parse_size
+from lightllm.interfaces import AttentionJob, Checkpoint, LogitsProcessor, ModelInfo, UserError
+from lightllm.plugins import Plugins, Provided, Recipe
+
+if TYPE_CHECKING:
+    import torch
+
+    from lightllm.engine.engine import Engine
+    from lightllm.engine.request import Loading
+    from lightllm.nn.batch import KVPool
+
+log = logging.getLogger("lightllm")
+
+DEFAULT_STEP_TOKENS = {"cpu": 512, "cuda": 8192}
+"""Tokens a step: enough to keep the matrix units busy, few enough that decodes are not held up long."""
+
+CPU_CACHE_BYTES = 4 << 30
+GPU_MEMORY_SHARE = 0.9
+STEP_HEADROOM_BYTES = 1 << 30
+"""Left free on a GPU for activations and logits."""
+
+
+class Start(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine process is handed: enough to build everything itself, on any machine."""
+
+    config: Config
+    recipe: Recipe
+    path: str
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Both processes
+
+
+def open_checkpoint(plugins: Plugins, path: Path) -> tuple[Provided, Checkpoint, ModelInfo]:
+    """The first weight format that recognises the files, and what it says of them."""
+    reasons = []
+    for provided in plugins.weight_formats():
+        reason = provided.record.matches(path)
+        if reason is None:
+            checkpoint: Checkpoint = plugins.load(provided, provided.record.checkpoint)(path)
+            return provided, checkpoint, checkpoint.info()
+        reasons.append(f"{provided.record.name}: {reason}")
+    raise UserError(f"{path} holds no model that any weight format can read ({'; '.join(reasons)})")
+
+
+def logits_processors(plugins: Plugins, info: ModelInfo) -> dict[str, LogitsProcessor]:
+    """Claimed request field -> its processor. Two claims on one field are an error naming both plugins."""
+    claims: dict[str, Provided] = {}
+    processors: dict[str, LogitsProcessor] = {}
+    for provided in plugins.logits_processors():
+        processor = plugins.load(provided)(info)
+        for name in provided.record.fields:
+            if name in claims:
+                raise UserError(f"{claims[name].label} and {provided.label} both claim the request field {name!r}")
+            claims[name], processors[name] = provided, processor
+    return processors
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The engine process
+
+
+def run_engine(argv: list[str]) -> int:
+    """``argv``: the private directory shared with the server process."""
+    from lightllm.engine import process
+
+    directory = Path(argv[0])
+    start = msgspec.msgpack.decode((directory / process.START).read_bytes(), type=Start)
+    configure_logging(start.config)
+
+    def build(report: Callable[[Loading], None]) -> Engine:
+        return build_engine(start.config, Plugins.from_recipe(start.recipe), Path(start.path), report)
+
+    return process.run(directory, build)
+
+
+def build_engine(
+    config: Config, plugins: Plugins, path: Path, report: Callable[[Loading], None] = lambda _: None
+) -> Engine:
+    """Load the model and size everything around it. Raises UserError for what the user can mend."""
+    import torch
+
+    from lightllm.engine.engine import Engine
+    from lightllm.engine.kvcache import KVCache
+    from lightllm.engine.request import Loading, Ready
+    from lightllm.engine.runner import Runner
+    from lightllm.engine.scheduler import Scheduler
+    from lightllm.nn.batch import KVPool
+    from lightllm.nn.layers import Make
+    from lightllm.nn.weights import load_weights
+
+    if config.tp != 1:
+        raise UserError(f"--tp {config.tp}: tensor parallelism is not there yet, only --tp 1")
+    format_record, _, info = open_checkpoint(plugins, path)
+    record = _model_for(plugins, info)
+    device = _device(config)
+    dtype = _dtype(config, info, device)
+    method = plugins.load(plugins.find("linear_methods", config.quantization or "dense"))
+    report(Loading(stage="importing the model"))
+
+    make = Make(dtype=dtype, device=device, linear_method=method)
+    with torch.inference_mode():
+        model = plugins.load(record)(info, make)
+        parameters = sum(p.numel() for p in model.parameters())
+        source = plugins.load(format_record)(path, info)
+        load_weights(model, source, lambda done, total: report(Loading(stage="loading weights", done=done, total=total)))
+    model.eval()
+
+    max_model_len = _max_model_len(config, info)
+    slots = _pool_slots(config, KVPool.bytes_per_token(make.attention_layers, dtype), device, max_model_len)
+    if slots < max_model_len:
+        if config.max_model_len is not None:
+            raise UserError(
+                f"the KV cache holds {slots:,} tokens, fewer than --max-model-len {max_model_len:,}: "
+                "lower that, or raise --kv-cache-memory or --max-total-tokens"
+            )
+        log.warning("the KV cache holds %s tokens: requests are limited to that many", f"{slots:,}")
+        max_model_len = slots
+    pool = KVPool(make.attention_layers, slots, dtype, device)
+
+    job = AttentionJob(
+        layers=tuple(make.attention_layers),
+        device=device.type,
+        dtype=str(dtype).removeprefix("torch."),
+        max_model_len=max_model_len,
+    )
+    backend = _attention_backend(config, plugins, job)
+    sampler = _best(plugins, "samplers", config.sampler)
+    runner = Runner(
+        model, plugins.load(backend)(job, pool), plugins.load(sampler)(), logits_processors(plugins, info), device
+    )
+    scheduler = Scheduler(
+        KVCache(slots, prefix_cache=config.prefix_cache),
+        max_batch_tokens=config.max_batch_tokens or DEFAULT_STEP_TOKENS[device.type],
+        max_running=config.max_running_requests,
+        max_model_len=max_model_len,
+        eos_token_ids=info.eos_token_ids(),
+    )
+    pool_bytes = KVPool.bytes_per_token(make.attention_layers, dtype) * slots
+    summary = [
+        f"model: {info.architecture} ({record.label}), {parameters:,} parameters, "
+        f"{str(dtype).removeprefix('torch.')} on {device}",
+        f"attention: {backend.label}; sampler: {sampler.label}",
+        f"KV cache: {slots:,} tokens ({pool_bytes / 2**30:.2f} GiB), "
+        f"{slots / max_model_len:.1f} requests of the full {max_model_len:,} tokens",
+    ]
+    ready = Ready(
+        max_model_len=max_model_len, total_slots=slots, vocab_size=info.config["vocab_size"], summary=summary
+    )
+    return Engine(scheduler, runner, ready)
+
+
+def _model_for(plugins: Plugins, info: ModelInfo) -> Provided:
+    serving = [p for p in plugins.models() if info.architecture in p.record.architectures]
+    if len(serving) == 1:
+        return serving[0]
+    if serving:
+        raise UserError(f"several plugins serve {info.architecture}: {', '.join(p.label for p in serving)}; use --no-plugin")
+    known = sorted({a for p in plugins.models() for a in p.record.architectures})
+    raise UserError(
+        f"{info.path}: no model plugin serves the architecture {info.architecture!r}. Served: {', '.join(known)}."
+        + plugins.broken_note()
+    )
+
+
+def _device(config: Config) -> torch.device:
+    import torch
+
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no CUDA device")
+    cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if cuda else "cpu")
+
+
+def _dtype(config: Config, info: ModelInfo, device: torch.device) -> torch.dtype:
+    import torch
+
+    if config.dtype != "auto":
+        name = config.dtype
+    elif device.type == "cpu":
+        name = "float32"
+    else:
+        name = str(info.get("dtype", info.get("torch_dtype", "bfloat16")))
+    dtype = getattr(torch, name, None)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        dtype = torch.bfloat16
+    return dtype
+
+
+def _max_model_len(config: Config, info: ModelInfo) -> int:
+    from lightllm.nn.rope import context_length
+
+    reach = context_length(info)
+    if config.max_model_len is None:
+        return reach or 4096
+    if reach and config.max_model_len > reach:
+        raise UserError(f"--max-model-len {config.max_model_len:,} is beyond the model's own {reach:,} tokens")
+    return config.max_model_len
+
+
+def _pool_slots(config: Config, token_bytes: int, device: torch.device, max_model_len: int) -> int:
+    """How many tokens the KV cache holds: as told, else from the memory that is free."""
+    import psutil
+    import torch
+
+    if config.max_total_tokens is not None:
+        slots = config.max_total_tokens
+        size = slots * token_bytes
+    elif config.kv_cache_memory is not None:
+        size = parse_size(config.kv_cache_memory)
+        slots = size // token_bytes
+    else:
+        if device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(device)
+            size = int(free - (1 - GPU_MEMORY_SHARE) * total) - STEP_HEADROOM_BYTES
+        else:
+            size = min(psutil.virtual_memory().available // 2, CPU_CACHE_BYTES)
+        slots = min(max(size, 0) // token_bytes, config.max_running_requests * max_model_len)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if size > free:
+        raise UserError(
+            f"the KV cache would take {size / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free: "
+            "lower --kv-cache-memory or --max-total-tokens"
+        )
+    if slots < 2:
+        raise UserError(f"no memory for a KV cache: a token takes {token_bytes:,} bytes; lower the other memory users")
+    return slots
+
+
+def _attention_backend(config: Config, plugins: Plugins, job: AttentionJob) -> Provided:
+    if config.attention_backend != "auto":
+        chosen = plugins.find("attention_backends", config.attention_backend)
+        reason = chosen.record.supports(job) if chosen.record.supports else None
+        if reason is not None:
+            raise UserError(f"--attention-backend {config.attention_backend}: {reason}")
+        return chosen
+    passed: list[str] = []
+    for candidate in sorted(plugins.attention_backends(), key=lambda p: -p.record.priority):
+        reason = candidate.record.supports(job) if candidate.record.supports else None
+        if reason is None:
+            log.info("attention backend %s chosen%s", candidate.label, f" ({'; '.join(passed)})" if passed else "")
+            return candidate
+        passed.append(f"not {candidate.label}: {reason}")
+    raise UserError(f"no attention backend can serve this model: {'; '.join(passed) or 'none is installed'}")
+
+
+def _best(plugins: Plugins, kind: str, name: str) -> Provided:
+    if name != "auto":
+        return plugins.find(kind, name)
+    candidates = plugins.records(kind)
+    if not candidates:
+        raise UserError(f"no plugin provides {kind.replace('_', ' ')}")
+    return max(candidates, key=lambda p: p.record.priority)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The server process
+
+
+def serve(config: Config, plugins: Plugins) -> int:
+    """Resolve the model, start the engine, serve until told to stop."""
+    from lightllm.server.run import run_server
+
+    raise NotImplementedError
+
+
+def configure_logging(config: Config) -> None:
+    """Our own log lines on stderr; other libraries' from warnings on."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", level="WARNING")
+    logging.getLogger("lightllm").setLevel(config.log_level.upper())
+    logging.getLogger("lightllm_builtin").setLevel(config.log_level.upper())

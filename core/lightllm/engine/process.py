@@ -1,0 +1,80 @@
+"""The engine process: takes commands from one socket, steps, and reports to the other."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import zmq
+
+from lightllm.engine.request import Abort, Command, Fatal, Generate, Loading, Report
+from lightllm.interfaces import UserError
+
+if TYPE_CHECKING:
+    from lightllm.engine.engine import Engine
+
+COMMANDS, REPORTS, START = "commands", "reports", "start"
+"""Names in the private directory the two processes share: two sockets, and the file that says what to build."""
+
+
+def die_with_parent() -> None:
+    """End this process when the one that started it is gone, however it went: its end of our stdin closes."""
+
+    def wait() -> None:
+        while sys.stdin.buffer.read(1024):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True, name="lifeline").start()
+
+
+def run(directory: Path, build: Callable[[Callable[[Loading], None]], Engine]) -> int:
+    """Build the engine and serve until told to stop. ``build`` is given a function that reports progress."""
+    die_with_parent()
+    context = zmq.Context()
+    commands, reports = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+    commands.connect(f"ipc://{directory / COMMANDS}")
+    reports.connect(f"ipc://{directory / REPORTS}")
+    encoder = msgspec.msgpack.Encoder()
+
+    def report(message: Report) -> None:
+        reports.send(encoder.encode(message))
+
+    try:
+        engine = build(report)
+    except UserError as error:
+        report(Fatal(message=str(error), user=True))
+        reports.close(linger=5000)
+        return 1
+    # What start-up left behind lives as long as the process; no collection need look at it again.
+    gc.collect()
+    gc.freeze()
+    report(engine.ready)
+    _serve(engine, commands, report)
+    reports.close(linger=0)
+    return 0
+
+
+def _serve(engine: Engine, commands: zmq.Socket[bytes], report: Callable[[Report], None]) -> None:
+    decoder = msgspec.msgpack.Decoder(Command)
+    while True:
+        while True:
+            try:
+                raw = commands.recv(zmq.NOBLOCK if engine.busy else 0)
+            except zmq.Again:
+                break
+            command = decoder.decode(raw)
+            if isinstance(command, Generate):
+                engine.add(command)
+            elif isinstance(command, Abort):
+                engine.abort(command)
+            else:
+                return
+        step = engine.step()
+        report(step)
