@@ -17,6 +17,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 
+Buffers = dict[tuple[int, ...], tuple[Tensor, Tensor]]
+"""Shape -> memory for gathered keys and values, which all layers of a step share: fresh pages cost more than the copy."""
+
+
 @dataclass
 class Prompt:
     """Tokens ``start:end`` of the step, the last of a context whose slots are ``keys``."""
@@ -26,16 +30,18 @@ class Prompt:
     keys: Tensor | slice
     mask: Tensor | None
     """[new, context] bool, True where a query may look; None: plain causal over the new tokens."""
+    buffers: Buffers = field(default_factory=dict)
 
 
 @dataclass
 class Decodes:
-    """Single tokens at ``rows`` of the step with slots ``keys`` [rows, longest] (or one contiguous slice)."""
+    """Single tokens at ``rows`` of the step with slots ``keys`` [rows * longest] (or one contiguous slice)."""
 
     rows: Tensor
     keys: Tensor | slice
     mask: Tensor | None
     """[rows, 1, 1, longest] bool; None: all of them."""
+    buffers: Buffers = field(default_factory=dict)
 
 
 @dataclass
@@ -100,7 +106,7 @@ class TorchAttention:
         if any(len(table) < longest for table in tables):
             lengths = torch.tensor([len(table) for table in tables], device=self.device)
             mask = (torch.arange(longest, device=self.device) < lengths[:, None])[:, None, None]
-        return Decodes(rows, keys, mask)
+        return Decodes(rows, keys.flatten(), mask)
 
     def attend(self, layer: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
         pool_k, pool_v = self.pool.k[layer.layer], self.pool.v[layer.layer]
@@ -112,8 +118,9 @@ class TorchAttention:
         for p in plan.prompts:
             # kv heads as the batch, their query heads as heads; keys are broadcast over these, not copied
             queries = q[p.start : p.end].unflatten(1, (layer.kv_heads, group)).permute(1, 2, 0, 3)
-            keys = pool_k[p.keys].transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
-            values = pool_v[p.keys].transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
+            keys, values = _read(pool_k, pool_v, p.keys, p.buffers)
+            keys = keys.transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
+            values = values.transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
             y = scaled_dot_product_attention(
                 queries, keys, values, attn_mask=p.mask, is_causal=p.mask is None, scale=layer.scale
             )
@@ -121,14 +128,23 @@ class TorchAttention:
         for d in plan.decodes:
             # with one query token, a kv head's query heads are its query rows
             queries = q[d.rows].unflatten(1, (layer.kv_heads, group))
-            keys, values = pool_k[d.keys], pool_v[d.keys]
-            if keys.dim() == 3:
-                keys, values = keys.unsqueeze(0), values.unsqueeze(0)
-            y = scaled_dot_product_attention(
-                queries, keys.transpose(1, 2), values.transpose(1, 2), attn_mask=d.mask, scale=layer.scale
-            )
+            keys, values = _read(pool_k, pool_v, d.keys, d.buffers)
+            shape = (len(d.rows), -1, layer.kv_heads, layer.head_dim)
+            keys, values = keys.view(shape).transpose(1, 2), values.view(shape).transpose(1, 2)
+            y = scaled_dot_product_attention(queries, keys, values, attn_mask=d.mask, scale=layer.scale)
             out[d.rows] = y.flatten(1, 2)
         return out
+
+
+def _read(pool_k: Tensor, pool_v: Tensor, keys: Tensor | slice, buffers: Buffers) -> tuple[Tensor, Tensor]:
+    """The keys and values of ``keys``, [keys, kv_heads, head_dim] each: views where they lie together."""
+    if isinstance(keys, slice):
+        return pool_k[keys], pool_v[keys]
+    shape = (len(keys), *pool_k.shape[1:])
+    if shape not in buffers:
+        buffers[shape] = (pool_k.new_empty(shape), pool_v.new_empty(shape))
+    k, v = buffers[shape]
+    return torch.index_select(pool_k, 0, keys, out=k), torch.index_select(pool_v, 0, keys, out=v)
 
 
 def _run(table: Tensor) -> Tensor | slice:

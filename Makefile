@@ -1,0 +1,46 @@
+# On a fresh machine each target does its own set-up: a virtual environment in .venv, pinned by constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+MODEL ?= demo
+PORT ?= 8000
+BIN := $(VENV)/bin
+
+.PHONY: help serve test lint format bench test-slow test-gpu clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(BIN)/.ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . --group dev
+	touch $@
+
+serve: $(BIN)/.ready  ## serve MODEL (a small real chat model unless given) on PORT
+	$(BIN)/lightllm-serve --model $(MODEL) --port $(PORT)
+
+test: $(BIN)/.ready  ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(BIN)/.ready  ## style, types, and which module may import which
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+format: $(BIN)/.ready  ## put the code into shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(BIN)/.ready  ## speed, memory and start-up of this server; see benchmarks/README.md for the peers
+	$(BIN)/python benchmarks/serving.py
+
+test-slow: $(BIN)/.ready  ## what takes minutes on two cores
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(BIN)/.ready  ## what needs a CUDA device
+	$(BIN)/python -m pytest -m gpu tests/gpu
+
+clean:  ## remove what the other targets made
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
