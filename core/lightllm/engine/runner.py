@@ -72,8 +72,8 @@ class Runner:
                     results[i].logprobs = _entries(values, [token], wanted)[0]
         for i, item in enumerate(plan.items):
             if item.prompt_logprobs:
-                start = int(last[i]) + 1 - item.count
-                results[i].prompt_logprobs = self._prompt_logprobs(hidden[start : start + item.count], item.seq, item.start)
+                end = int(last[i]) + 1
+                results[i].prompt_logprobs = self._prompt_logprobs(hidden[end - item.count : end], item.seq, item.start)
         return results
 
     def _tensor(self, values: Sequence[int]) -> Tensor:

@@ -1,0 +1,357 @@
+"""Who runs in each step: continuous batching, chunked prefill, prefix sharing, preemption. Pure Python, no tensors.
+
+A step is `schedule`, then the runner's work, then `update`. Running sequences are served oldest first; when the pool
+runs dry the newest gives way and is recomputed later, so the oldest always goes on and every request ends.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lightllm.engine.kvcache import KVCache, Lease
+from lightllm.engine.request import Generate, Logprobs, Output, SamplingParams, Stats
+
+HEADROOM = 8
+"""Free slots per running sequence that an admission must leave: fewer, and it would soon be preempted again."""
+
+
+class Seq:
+    """One choice of a request: its tokens, and how many of them have their keys and values in the pool.
+
+    Fulfils `lightllm.SamplingRow`.
+    """
+
+    def __init__(self, request: Generate, index: int, seed: int, stop_ids: tuple[int, ...]) -> None:
+        self.id = request.id
+        self.index = index
+        self.params: SamplingParams = request.params
+        self.prompt = request.prompt
+        self.output: list[int] = []
+        self.seed = seed
+        self.stop_ids = stop_ids
+        self.computed = 0
+        self.cached_tokens = 0
+        self.lease: Lease | None = None
+        self.done = False
+        self.followers: list[Seq] = []  # choices of the same request, waiting for this one to publish the prompt
+        self.prompt_logprobs: list[Logprobs] | None = None
+        self.wants_prompt = request.params.prompt_logprobs is not None and index == 0
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.output)
+
+    @property
+    def slots(self) -> list[int]:
+        assert self.lease is not None
+        return self.lease.slots
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """Tokens ``start:end`` of prompt and output laid end to end."""
+        size = len(self.prompt)
+        if end <= size:
+            return self.prompt[start:end]
+        if start >= size:
+            return self.output[start - size : end - size]
+        return self.prompt[start:] + self.output[: end - size]
+
+
+@dataclass(frozen=True)
+class Item:
+    """Compute tokens ``start`` to ``start + count`` of ``seq``; ``samples``: that is its end, a token follows.
+
+    ``prompt_logprobs``: those of the prompt tokens following these positions are due.
+    """
+
+    seq: Seq
+    start: int
+    count: int
+    samples: bool
+    prompt_logprobs: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step's work, and what ended without any."""
+
+    items: list[Item] = field(default_factory=list)
+    outputs: list[Output] = field(default_factory=list)
+
+    def request_ids(self) -> set[str]:
+        return {item.seq.id for item in self.items}
+
+
+@dataclass
+class Result:
+    """What the runner found for one item."""
+
+    token: int | None = None
+    logprobs: Logprobs | None = None
+    prompt_logprobs: list[Logprobs] | None = None
+
+
+class Scheduler:
+    def __init__(
+        self,
+        cache: KVCache,
+        *,
+        max_batch_tokens: int,
+        max_running: int,
+        max_model_len: int,
+        eos_token_ids: Sequence[int] = (),
+    ) -> None:
+        self.cache = cache
+        self.max_batch_tokens = max_batch_tokens
+        self.max_running = max_running
+        self.max_model_len = max_model_len
+        self.eos_token_ids = tuple(eos_token_ids)
+        self._waiting: deque[Seq] = deque()
+        self._running: list[Seq] = []  # oldest first
+        self._live: dict[str, list[Seq]] = {}
+        self._count = 0
+        self._preemptions = self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
+
+    # --- requests come and go
+
+    def add(self, request: Generate) -> list[Output]:
+        """Queue a request. One that can never be served ends here, with an error."""
+        size = len(request.prompt)
+        problem = None
+        if not size:
+            problem = "the prompt is empty"
+        elif size >= self.max_model_len:
+            problem = f"the prompt has {size} tokens; with its answer it must fit {self.max_model_len}"
+        elif size >= self.cache.slots:
+            problem = f"the prompt has {size} tokens, more than the KV cache of {self.cache.slots} can serve"
+        if problem:
+            return [Output(request.id, i, [], finish="error", error=problem) for i in range(request.n)]
+        params = request.params
+        seed = random.getrandbits(64) if params.seed is None else params.seed
+        stop_ids = params.stop_token_ids + (() if params.ignore_eos else self.eos_token_ids)
+        choices = [Seq(request, i, seed, stop_ids) for i in range(request.n)]
+        self._live[request.id] = choices
+        self._count += len(choices)
+        self._waiting.append(choices[0])
+        if self.cache.prefix_cache:
+            choices[0].followers = choices[1:]
+        else:
+            self._waiting.extend(choices[1:])
+        return []
+
+    def abort(self, id: str, index: int | None = None) -> list[int]:
+        """Drop a request, or one choice of it, and free what it holds at once. Gives the choices that were dropped."""
+        gone = [seq for seq in self._live.get(id, ()) if index is None or seq.index == index]
+        for seq in gone:
+            self._end(seq)
+        return [seq.index for seq in gone]
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._running or self._waiting)
+
+    # --- one step
+
+    def schedule(self) -> Plan:
+        """Decide the next step's work. Slots for it are taken here; nothing else changes until `update`."""
+        plan = Plan()
+        counts = self._share_budget()
+        at = 0
+        while at < len(self._running):
+            seq = self._running[at]
+            count = counts.get(seq, 0)
+            if count and not self._make_room(seq, seq.computed + count):
+                if seq.lease is not None:  # alone, and the pool is full
+                    plan.outputs.append(self._finish(seq, [], "length"))
+                continue  # it has left the list
+            at += 1
+            if count:
+                plan.items.append(self._item(seq, count))
+        budget = self.max_batch_tokens - sum(item.count for item in plan.items)
+        while budget > 0 and self._waiting and len(self._running) < self.max_running:
+            seq = self._waiting[0]
+            if not self._admit(seq):
+                if not self._running:  # it was preempted when it had the whole pool: no more of it fits
+                    plan.outputs.append(self._finish(seq, [], "length"))
+                    continue
+                break
+            self._waiting.popleft()
+            self._running.append(seq)
+            item = self._item(seq, min(budget, len(seq) - seq.computed))
+            plan.items.append(item)
+            budget -= item.count
+        return plan
+
+    def update(self, plan: Plan, results: Sequence[Result]) -> list[Output]:
+        """Take in what the runner found, one result per item of the plan."""
+        outputs = []
+        for item, result in zip(plan.items, results, strict=True):
+            seq = item.seq
+            if seq.done:
+                continue  # aborted while it ran
+            seq.computed = item.start + item.count
+            if item.prompt_logprobs:
+                seq.prompt_logprobs = [*(seq.prompt_logprobs or ()), *(result.prompt_logprobs or ())]
+            if item.start < len(seq.prompt) <= seq.computed:
+                self._publish_prompt(seq)
+            if item.samples:
+                assert result.token is not None
+                outputs.append(self._accept(seq, result.token, result.logprobs))
+        return outputs
+
+    def stats(self) -> Stats:
+        return Stats(
+            running=len(self._running),
+            waiting=self._count - len(self._running),
+            free_slots=self.cache.available,
+            total_slots=self.cache.slots,
+            preemptions=self._preemptions,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
+            generated_tokens=self._generated_tokens,
+        )
+
+    # --- inside a step
+
+    def _share_budget(self) -> dict[Seq, int]:
+        """Tokens for each running sequence: one for every decode, the rest to prefills, oldest first."""
+        counts: dict[Seq, int] = {}
+        prefills = []
+        budget = self.max_batch_tokens
+        for seq in self._running:
+            if len(seq) - seq.computed > 1:
+                prefills.append(seq)
+            elif budget:
+                counts[seq] = 1
+                budget -= 1
+        for seq in prefills:
+            if not budget:
+                break
+            counts[seq] = min(budget, len(seq) - seq.computed)
+            budget -= counts[seq]
+        return counts
+
+    def _item(self, seq: Seq, count: int) -> Item:
+        start = seq.computed
+        due = seq.wants_prompt and start < len(seq.prompt) - 1
+        return Item(seq, start, count, start + count == len(seq), due)
+
+    def _make_room(self, seq: Seq, length: int) -> bool:
+        """Slots for the first ``length`` tokens, preempting newer sequences if need be. False: ``seq`` cannot go on; it
+        has been preempted itself, or (its lease still there) it has the whole pool and that is not enough."""
+        assert seq.lease is not None
+        while not self.cache.extend(seq.lease, max(0, length - len(seq.lease.slots))):
+            newest = self._running[-1]
+            if newest is seq and len(self._running) == 1:
+                return False
+            self._preempt(newest)
+            if newest is seq:
+                return False
+        return True
+
+    def _preempt(self, seq: Seq) -> None:
+        """Take a sequence's slots away; it waits at the front. What it computed stays cached while there is room."""
+        self._running.remove(seq)
+        self._free(seq)
+        seq.computed = 0
+        if seq.wants_prompt:
+            seq.prompt_logprobs = None
+        self._waiting.appendleft(seq)
+        self._preemptions += 1
+
+    def _admit(self, seq: Seq) -> bool:
+        """Give a waiting sequence what is cached of it and slots for the rest, if that leaves the others room."""
+        # All of the prompt has to be computed where its log-probabilities are asked for, else all but the last token.
+        lease = self.cache.acquire(seq.tokens(0, len(seq)), 0 if seq.wants_prompt else len(seq) - 1)
+        need = len(seq) - lease.shared
+        headroom = HEADROOM * len(self._running)
+        if need + headroom > self.cache.available or not self.cache.extend(lease, need):
+            self.cache.release(lease)
+            return False
+        seq.lease, seq.computed = lease, lease.shared
+        if not seq.output:
+            seq.cached_tokens = lease.shared
+            self._prompt_tokens += len(seq.prompt)
+            self._cached_tokens += lease.shared
+        return True
+
+    def _publish_prompt(self, seq: Seq) -> None:
+        assert seq.lease is not None
+        self.cache.commit(seq.lease, seq.prompt)
+        followers, seq.followers = seq.followers, []
+        self._waiting.extendleft(reversed(followers))
+
+    def _accept(self, seq: Seq, token: int, logprobs: Logprobs | None) -> Output:
+        """A sampled token: append it, or end with it."""
+        if token in seq.stop_ids and len(seq.output) >= seq.params.min_tokens:
+            return self._finish(seq, [], "stop", stop_token=token)
+        seq.output.append(token)
+        self._generated_tokens += 1
+        entries = [logprobs] if logprobs is not None else None
+        if len(seq.output) >= seq.params.max_tokens or len(seq) >= self.max_model_len:
+            return self._finish(seq, [token], "length", entries)
+        return self._output(seq, [token], None, entries)
+
+    def _finish(
+        self,
+        seq: Seq,
+        tokens: list[int],
+        reason: str,
+        logprobs: list[Logprobs] | None = None,
+        stop_token: int | None = None,
+    ) -> Output:
+        output = self._output(seq, tokens, reason, logprobs, stop_token)
+        self._end(seq)
+        return output
+
+    def _output(
+        self,
+        seq: Seq,
+        tokens: list[int],
+        finish: str | None,
+        logprobs: list[Logprobs] | None,
+        stop_token: int | None = None,
+    ) -> Output:
+        prompt_logprobs = None
+        if seq.wants_prompt:  # once, with the first token
+            prompt_logprobs, seq.prompt_logprobs, seq.wants_prompt = seq.prompt_logprobs or [], None, False
+        return Output(
+            seq.id,
+            seq.index,
+            tokens,
+            finish=finish,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            stop_token=stop_token,
+            cached_tokens=seq.cached_tokens,
+        )
+
+    def _end(self, seq: Seq) -> None:
+        """Forget a sequence, wherever it is."""
+        if seq.done:
+            return
+        seq.done = True
+        self._count -= 1
+        choices = self._live[seq.id]
+        choices.remove(seq)
+        if not choices:
+            del self._live[seq.id]
+        if seq.lease is not None:
+            self._running.remove(seq)
+            self._free(seq)
+        elif seq in self._waiting:
+            self._waiting.remove(seq)
+        else:
+            for leader in choices:
+                if seq in leader.followers:
+                    leader.followers.remove(seq)
+        if seq.followers:  # the prompt was never published: the next choice takes its place
+            heir, *rest = seq.followers
+            heir.followers, seq.followers = rest, []
+            self._waiting.appendleft(heir)
+
+    def _free(self, seq: Seq) -> None:
+        assert seq.lease is not None
+        self.cache.release(seq.lease, seq.tokens(0, seq.computed))
+        seq.lease = None
