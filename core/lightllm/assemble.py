@@ -50,7 +50,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
 def open_checkpoint(plugins: Plugins, path: Path) -> tuple[Provided, Checkpoint, ModelInfo]:
     """The first weight format that recognises the files, and what it says of them."""
     reasons = []
-    for provided in plugins.weight_formats():
+    for provided in plugins.records("weight_formats"):
         reason = provided.record.matches(path)
         if reason is None:
             checkpoint: Checkpoint = plugins.load(provided, provided.record.checkpoint)(path)
@@ -63,7 +63,7 @@ def logits_processors(plugins: Plugins, info: ModelInfo) -> dict[str, LogitsProc
     """Claimed request field -> its processor. Two claims on one field are an error naming both plugins."""
     claims: dict[str, Provided] = {}
     processors: dict[str, LogitsProcessor] = {}
-    for provided in plugins.logits_processors():
+    for provided in plugins.records("logits_processors"):
         processor = plugins.load(provided)(info)
         for name in provided.record.fields:
             if name in claims:
@@ -85,7 +85,7 @@ def run_engine(argv: list[str]) -> int:
     configure_logging(start.config)
 
     def build(report: Callable[[Loading], None]) -> Engine:
-        return build_engine(start.config, Plugins.from_recipe(start.recipe), Path(start.path), report)
+        return build_engine(start.config, Plugins.discover(start.recipe), Path(start.path), report)
 
     return process.run(directory, build)
 
@@ -167,12 +167,12 @@ def build_engine(
 
 
 def _model_for(plugins: Plugins, info: ModelInfo) -> Provided:
-    serving = [p for p in plugins.models() if info.architecture in p.record.architectures]
+    serving = [p for p in plugins.records("models") if info.architecture in p.record.architectures]
     if len(serving) == 1:
         return serving[0]
     if serving:
         raise UserError(f"several plugins serve {info.architecture}: {', '.join(p.label for p in serving)}; use --no-plugin")
-    known = sorted({a for p in plugins.models() for a in p.record.architectures})
+    known = sorted({a for p in plugins.records("models") for a in p.record.architectures})
     raise UserError(
         f"{info.path}: no model plugin serves the architecture {info.architecture!r}. Served: {', '.join(known)}."
         + plugins.broken_note()
@@ -251,7 +251,7 @@ def _attention_backend(config: Config, plugins: Plugins, job: AttentionJob) -> P
             raise UserError(f"--attention-backend {config.attention_backend}: {reason}")
         return chosen
     passed: list[str] = []
-    for candidate in sorted(plugins.attention_backends(), key=lambda p: -p.record.priority):
+    for candidate in sorted(plugins.records("attention_backends"), key=lambda p: -p.record.priority):
         reason = candidate.record.supports(job) if candidate.record.supports else None
         if reason is None:
             log.info("attention backend %s chosen%s", candidate.label, f" ({'; '.join(passed)})" if passed else "")

@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import argparse
+import importlib.metadata
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import msgspec
+import msgspec.inspect
 from msgspec import Meta
+
+from lightllm.interfaces import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+if TYPE_CHECKING:
+    from lightllm.plugins import Plugins
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,3 +78,328 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 
     plugin_options: dict[str, Any] = {}
     """Options that plugins added, by their name with underscores."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading it
+
+
+class UsageError(UserError):
+    """The command line, the environment or the config file is wrong; exit code 2."""
+
+
+ALIASES: Mapping[str, str] = MappingProxyType(
+    {
+        "model-dir": "model",
+        "model-name": "served-model-name",
+        "max-total-token-num": "max-total-tokens",
+        "max-req-total-len": "max-model-len",
+        "running-max-req-size": "max-running-requests",
+        "batch-max-tokens": "max-batch-tokens",
+        "data-type": "dtype",
+    }
+)
+"""LightLLM's names of our options."""
+
+DTYPES: Mapping[str, str] = MappingProxyType(
+    {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
+)
+
+CORE = "lightllm-serve itself"
+
+
+class Option(msgspec.Struct, frozen=True, kw_only=True):
+    """One option, however it is given. ``name`` is spelt with hyphens and without the leading two."""
+
+    name: str
+    type: Any
+    default: Any
+    help: str
+    owner: str = CORE
+
+    @property
+    def key(self) -> str:
+        return self.name.replace("-", "_")
+
+    @property
+    def variable(self) -> str:
+        return f"LIGHTLLM_{self.key.upper()}"
+
+    @property
+    def is_flag(self) -> bool:
+        return isinstance(_plain_types(self.type)[0], msgspec.inspect.BoolType)
+
+    @property
+    def is_list(self) -> bool:
+        return isinstance(_plain_types(self.type)[0], (msgspec.inspect.CollectionType, msgspec.inspect.VarTupleType))
+
+    def parse(self, text: str | Sequence[str], source: str) -> Any:
+        """The value of what was typed. ``source`` names where: ``--port`` or ``LIGHTLLM_PORT``."""
+        if self.is_list:
+            texts = [text] if isinstance(text, str) else text
+            value: Any = [item for given in texts for item in (part.strip() for part in given.split(",")) if item]
+            if not value:
+                raise UsageError(f"{source}: the value is empty")
+        else:
+            value = str(text).strip()
+            if not value:
+                raise UsageError(f"{source}: the value is empty")
+            if self.is_flag:
+                value = {"yes": True, "on": True, "no": False, "off": False}.get(value.lower(), value)
+        return self.convert(value, source, strict=False)
+
+    def convert(self, value: Any, source: str, *, strict: bool) -> Any:
+        """Check a value against the option's type. Raises UsageError saying what is allowed."""
+        if self.key == "dtype":
+            value = DTYPES.get(value, value)
+        try:
+            value = msgspec.convert(value, self.type, strict=strict)
+            if self.key == "kv_cache_memory" and value is not None:
+                parse_size(value)
+        except (msgspec.ValidationError, ValueError):
+            raise UsageError(f"{source}: {value!r} is not {self.allowed()}") from None
+        return value
+
+    def allowed(self) -> str:
+        """What a value must be, in words."""
+        if self.key == "kv_cache_memory":
+            return "a size in bytes, such as 4GiB, 512MB or 1.5G"
+        return " or ".join(_in_words(t) for t in _plain_types(self.type))
+
+
+class OptionGroup:
+    """Collects the options that plugins add. Each plugin is handed one that knows its owner."""
+
+    def __init__(self, owner: str, options: dict[str, Option]) -> None:
+        self._owner = owner
+        self._options = options
+
+    def owned_by(self, owner: str) -> OptionGroup:
+        return OptionGroup(owner, self._options)
+
+    def add(self, name: str, *, type: Any = str, default: Any = None, help: str = "") -> None:
+        """Add ``--my-option``. Its value is ``config.plugin_options["my_option"]``, ``default`` unless given.
+
+        ``type``: str, int, float, bool, a Literal, a tuple or list of these, or any of them Annotated with
+        msgspec.Meta. A bool becomes ``--my-option`` and ``--no-my-option``. A name that is taken is a UserError
+        naming both owners.
+        """
+        if not re.fullmatch(r"--[a-z][a-z0-9]*([-_][a-z0-9]+)*", name):
+            raise ValueError(f"option {name!r}: give it as --lower-case-words")
+        annotation = type if default is not None else type | None
+        option = Option(name=_spelling(name), type=annotation, default=default, help=help, owner=self._owner)
+        msgspec.convert(default, annotation)
+        spellings = {option.name, f"no-{option.name}"} if option.is_flag else {option.name}
+        for other in self._options.values():
+            if spellings & ({other.name, f"no-{other.name}"} if other.is_flag else {other.name}):
+                raise UsageError(
+                    f"option {name} is added by {self._owner}, but belongs to {other.owner}: "
+                    "block a plugin with --no-plugin"
+                )
+        self._options[option.name] = option
+
+
+def read_plugin_choice(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[tuple[str, ...], bool]:
+    """(blocked plugins, strictness): what must be known before plugins can be loaded and add their options."""
+    given = _Given(_core_options(), argv, environ, sure=False)
+    return given.values.get("no_plugin", ()), given.values.get("strict_plugins", False)
+
+
+def read_config(
+    argv: Sequence[str],
+    environ: Mapping[str, str],
+    plugins: Plugins | None = None,
+    *,
+    lightllm_names: bool = False,
+) -> Config:
+    """The Config of a command line (without the program's name). argv goes before environment, file and default.
+
+    ``lightllm_names``: as LightLLM's server does, answer to every model name unless one was given. Raises UsageError
+    in one line; SystemExit after printing for ``--help`` and ``--version``.
+    """
+    options = _core_options()
+    if plugins is not None:
+        plugins.add_options(OptionGroup("", options))
+    try:
+        given = _Given(options, argv, environ)
+    except UsageError as error:
+        raise UsageError(f"{error}{plugins.broken_note() if plugins is not None else ''}") from None
+    values = given.values
+    if lightllm_names:
+        values.setdefault("any_model_name", "served_model_name" not in values)
+    added = {option.key: option.default for option in options.values() if option.owner != CORE}
+    plugin_options = {key: values.pop(key, default) for key, default in added.items()}
+    return Config(**values, plugin_options=plugin_options)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``4GiB``, ``512MB``, ``1.5G`` or ``1024``. As in GNU coreutils, K, M, G, T (and KiB ...) are powers of
+    1024, KB, MB, GB, TB powers of 1000. Raises ValueError unless it is a whole positive number of bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(IB|B)?|B)?", text.strip().upper())
+    if match is None:
+        raise ValueError(f"{text!r} is not a size in bytes, such as 4GiB, 512MB or 1.5G")
+    number, unit, suffix = match.groups()
+    size = int(float(number) * (1000 if suffix == "B" else 1024) ** (" KMGT".index(unit or " ")))
+    if size <= 0:
+        raise ValueError(f"{text!r} is no bytes at all")
+    return size
+
+
+class _Given:
+    """The values that were given somewhere, by option key; defaults are not among them.
+
+    ``sure=False`` reads only what is valid so far and leaves the complaints to the reading that knows all options.
+    """
+
+    def __init__(
+        self, options: Mapping[str, Option], argv: Sequence[str], environ: Mapping[str, str], *, sure: bool = True
+    ) -> None:
+        self.options = options
+        self.sure = sure
+        self.values: dict[str, Any] = {}
+        typed = self._typed(argv)
+        file = typed.pop("config", [None])[-1] or environ.get("LIGHTLLM_CONFIG")
+        if file:
+            self._read_file(Path(file))
+        for option in options.values():
+            if text := environ.get(option.variable, ""):
+                self._set(option, text, option.variable)
+        for name, texts in typed.items():
+            option = options[name]
+            self._set(option, texts if option.is_list else texts[-1], f"--{name}")
+
+    def _set(self, option: Option, text: str | Sequence[str], source: str) -> None:
+        if self.sure or option.key in ("no_plugin", "strict_plugins"):
+            self.values[option.key] = option.parse(text, source)
+
+    def _typed(self, argv: Sequence[str]) -> dict[str, list[str]]:
+        parser = _parser(self.options, full=self.sure)
+        namespace, rest = parser.parse_known_args([_canonical(token) for token in argv])
+        if rest and self.sure:
+            unknown = next((token for token in rest if token.startswith("-")), rest[0])
+            if not unknown.startswith("-"):
+                raise UsageError(f"unexpected argument {unknown!r}")
+            known = [text for action in parser._actions for text in action.option_strings]
+            name = unknown.partition("=")[0]
+            asked = next((token for token in argv if _canonical(token) == unknown), unknown).partition("=")[0]
+            raise UsageError(f"unknown option {asked}.{_suggestion(name, [*known, *(f'--{a}' for a in ALIASES)])}")
+        return {key.replace("_", "-"): value for key, value in vars(namespace).items()}
+
+    def _read_file(self, path: Path) -> None:
+        try:
+            with path.open("rb") as file:
+                content = tomllib.load(file)
+        except OSError as error:
+            raise UsageError(f"config file {path}: {error.strerror or error}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UsageError(f"config file {path} is not TOML: {error}") from None
+        for key, value in content.items():
+            name = _spelling(key)
+            option = self.options.get(ALIASES.get(name, name))
+            if option is None:
+                if self.sure:
+                    raise UsageError(f"config file {path}: unknown key {key!r}.{_suggestion(name, self.options)}")
+                continue
+            if option.is_list and isinstance(value, str):
+                value = [value]
+            if self.sure or option.key in ("no_plugin", "strict_plugins"):
+                self.values[option.key] = option.convert(value, f"config file {path}: {key}", strict=True)
+
+
+def _core_options() -> dict[str, Option]:
+    options: dict[str, Option] = {}
+    for field in msgspec.structs.fields(Config):
+        if field.name == "plugin_options":
+            continue
+        info = msgspec.inspect.type_info(field.type)
+        help = (
+            (info.extra_json_schema or {}).get("description", "") if isinstance(info, msgspec.inspect.Metadata) else ""
+        )
+        name = field.name.replace("_", "-")
+        options[name] = Option(name=name, type=field.type, default=field.default, help=help)
+    return options
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message.removeprefix("argument "))
+
+
+def _parser(options: Mapping[str, Option], *, full: bool) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="lightllm-serve",
+        usage="lightllm-serve [options]\n       lightllm-serve plugins [--json] [--check]",
+        description="Serve a language model over OpenAI's API.",
+        epilog="Every option may be given with underscores, as an environment variable (LIGHTLLM_PORT), or as a key of "
+        f"the config file. LightLLM's names work too: {', '.join('--' + name.replace('-', '_') for name in ALIASES)}.",
+        allow_abbrev=False,
+        add_help=full,
+        argument_default=argparse.SUPPRESS,
+    )
+    if full:
+        version = importlib.metadata.version("lightllm-serve")
+        parser.add_argument("--version", action="version", version=f"lightllm-serve {version}", help="show the version")
+    parser.add_argument("--config", action="append", metavar="FILE", help="TOML file of options")
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for option in options.values():
+        group = groups.get(option.owner) or parser.add_argument_group(
+            "serving" if option.owner == CORE else option.owner.replace("%", "%%")
+        )
+        groups[option.owner] = group
+        default = f" (default: {_shown(option.default)})" if option.default not in (None, ()) else ""
+        help = (option.help + default).replace("%", "%%")
+        if option.is_flag:
+            group.add_argument(f"--{option.name}", action="append_const", const="true", dest=option.key, help=help)
+            group.add_argument(
+                f"--no-{option.name}", action="append_const", const="false", dest=option.key, help=argparse.SUPPRESS
+            )
+        else:
+            metavar = option.allowed() if "{" in option.allowed() else option.key.upper()
+            group.add_argument(f"--{option.name}", action="append", dest=option.key, metavar=metavar, help=help)
+    return parser
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _spelling(name: str) -> str:
+    return name.removeprefix("--").replace("_", "-")
+
+
+def _canonical(token: str) -> str:
+    """A token of the command line with its option name spelt our way; values are left alone."""
+    if not token.startswith("--") or token == "--":
+        return token
+    name, equals, value = token.partition("=")
+    name = _spelling(name)
+    return f"--{ALIASES.get(name, name)}{equals}{value}"
+
+
+def _plain_types(annotation: Any) -> list[msgspec.inspect.Type]:
+    """The alternatives of a type, None aside."""
+    info = msgspec.inspect.type_info(annotation)
+    while isinstance(info, msgspec.inspect.Metadata):
+        info = info.type
+    types = info.types if isinstance(info, msgspec.inspect.UnionType) else (info,)
+    return [t for t in types if not isinstance(t, msgspec.inspect.NoneType)]
+
+
+def _in_words(info: msgspec.inspect.Type) -> str:
+    inspect = msgspec.inspect
+    if isinstance(info, inspect.LiteralType):
+        return f"one of {', '.join(str(value) for value in info.values)}"
+    if isinstance(info, inspect.BoolType):
+        return "true or false"
+    if isinstance(info, (inspect.IntType, inspect.FloatType)):
+        what = "a whole number" if isinstance(info, inspect.IntType) else "a number"
+        limits = [("at least", info.ge), ("at most", info.le), ("more than", info.gt), ("less than", info.lt)]
+        return " ".join([what, " and ".join(f"{word} {limit}" for word, limit in limits if limit is not None)]).strip()
+    if isinstance(info, (inspect.CollectionType, inspect.VarTupleType)):
+        return "a list of names"
+    return "a text"
+
+
+def _suggestion(name: str, known: Iterable[str]) -> str:
+    close = get_close_matches(name, list(known), n=1)
+    return f" Did you mean {close[0]}?" if close else ""

@@ -26,7 +26,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 def engine(folder: Path, **settings: Any) -> Engine:
-    return build_engine(Config(dtype="float32", device="cpu", **{"max_total_tokens": 4096} | settings), Plugins.load(), folder)
+    return build_engine(Config(dtype="float32", device="cpu", **{"max_total_tokens": 4096} | settings), Plugins.discover(), folder)
 
 
 def reference(model: Any, tokens: list[int]) -> torch.Tensor:
