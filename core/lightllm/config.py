@@ -403,3 +403,7 @@ def _in_words(info: msgspec.inspect.Type) -> str:
 def _suggestion(name: str, known: Iterable[str]) -> str:
     close = get_close_matches(name, list(known), n=1)
     return f" Did you mean {close[0]}?" if close else ""
+
+
+def parse_size(text: str) -> int:
+    return int(float(text.removesuffix("GiB")) * 2**30)

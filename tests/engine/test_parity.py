@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lightllm.config import Config
 from lightllm.engine.engine import Engine
 from lightllm.engine.request import Generate, Output, SamplingParams
 from lightllm.plugins import Plugins
+from transformers import DynamicCache
 
 TOLERANCE = 1e-3
 LONGEST = 120
@@ -37,11 +39,12 @@ def reference(model: Any, tokens: list[int]) -> torch.Tensor:
     with torch.no_grad():
         if model.config.rope_parameters["rope_type"] != "dynamic":
             return model(torch.tensor([tokens])).logits[0].log_softmax(-1)
-        rows, cache = [], None
+        rows, cache = [], DynamicCache()
         for token in tokens:
-            out = model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+            with warnings.catch_warnings():  # newer transformers renames the argument
+                warnings.simplefilter("ignore", FutureWarning)
+                out = model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
             rows.append(out.logits[0, -1].log_softmax(-1))
-            cache = out.past_key_values
         return torch.stack(rows)
 
 

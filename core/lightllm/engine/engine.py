@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+import msgspec
+
 from lightllm.engine.request import Abort, Generate, Output, Ready, Step
 from lightllm.engine.runner import Runner
 from lightllm.engine.scheduler import Scheduler
@@ -68,14 +70,11 @@ class Engine:
 
 
 def _joined(old: Output, new: Output) -> Output:
-    return Output(
-        id=old.id,
-        index=old.index,
+    """Two successive outputs of one choice as one."""
+    logprobs = [*(old.logprobs or ()), *(new.logprobs or ())] if old.logprobs or new.logprobs else None
+    return msgspec.structs.replace(
+        new,
         tokens=old.tokens + new.tokens,
-        finish=new.finish,
-        logprobs=None if old.logprobs is None and new.logprobs is None else [*(old.logprobs or ()), *(new.logprobs or ())],
-        prompt_logprobs=old.prompt_logprobs or new.prompt_logprobs,
-        stop_token=new.stop_token,
-        error=new.error,
-        cached_tokens=max(old.cached_tokens, new.cached_tokens),
+        logprobs=logprobs,
+        prompt_logprobs=new.prompt_logprobs if old.prompt_logprobs is None else old.prompt_logprobs,
     )
