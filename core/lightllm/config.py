@@ -21,7 +21,7 @@ from lightllm.interfaces import UserError
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # type: ignore[import-not-found]
 
 if TYPE_CHECKING:
     from lightllm.plugins import Plugins
@@ -174,7 +174,7 @@ class OptionGroup:
         self._owner = owner
         self._options = options
 
-    def owned_by(self, owner: str) -> OptionGroup:
+    def of(self, owner: str) -> OptionGroup:
         return OptionGroup(owner, self._options)
 
     def add(self, name: str, *, type: Any = str, default: Any = None, help: str = "") -> None:
@@ -403,7 +403,3 @@ def _in_words(info: msgspec.inspect.Type) -> str:
 def _suggestion(name: str, known: Iterable[str]) -> str:
     close = get_close_matches(name, list(known), n=1)
     return f" Did you mean {close[0]}?" if close else ""
-
-
-def parse_size(text: str) -> int:
-    return int(float(text.removesuffix("GiB")) * 2**30)

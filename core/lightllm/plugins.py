@@ -10,31 +10,19 @@ import difflib
 import importlib
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import importlib_metadata
 import msgspec
 import pluggy
 
-from lightllm import hookspecs
-from lightllm.interfaces import (
-    AttentionBackendRecord,
-    LinearMethodRecord,
-    Listener,
-    LogitsProcessorRecord,
-    ModelInfo,
-    ModelRecord,
-    ReasoningParserRecord,
-    Record,
-    SamplerRecord,
-    ToolParserRecord,
-    UserError,
-    WeightFormatRecord,
-)
+from lightllm import hookspecs, interfaces
+from lightllm.interfaces import Listener, ModelInfo, Record, UserError
 
 if TYPE_CHECKING:
     from lightllm.config import Config, OptionGroup
@@ -44,17 +32,22 @@ log = logging.getLogger("lightllm.plugins")
 GROUP = "lightllm"
 DISTRIBUTION = "lightllm-serve"
 
-RECORDS: Mapping[str, type[Record]] = {
-    "models": ModelRecord,
-    "attention_backends": AttentionBackendRecord,
-    "samplers": SamplerRecord,
-    "logits_processors": LogitsProcessorRecord,
-    "tool_parsers": ToolParserRecord,
-    "reasoning_parsers": ReasoningParserRecord,
-    "weight_formats": WeightFormatRecord,
-    "linear_methods": LinearMethodRecord,
-}
-"""Kind of record -> its type. The hook that lists a kind is called ``lightllm_<kind>``."""
+RECORDS: Mapping[str, tuple[type[Record], type]] = MappingProxyType(
+    {
+        "models": (interfaces.ModelRecord, interfaces.Model),
+        "attention_backends": (interfaces.AttentionBackendRecord, interfaces.AttentionBackend),
+        "samplers": (interfaces.SamplerRecord, interfaces.Sampler),
+        "logits_processors": (interfaces.LogitsProcessorRecord, interfaces.LogitsProcessor),
+        "tool_parsers": (interfaces.ToolParserRecord, interfaces.ToolParser),
+        "reasoning_parsers": (interfaces.ReasoningParserRecord, interfaces.ReasoningParser),
+        "weight_formats": (interfaces.WeightFormatRecord, interfaces.WeightFormat),
+        "linear_methods": (interfaces.LinearMethodRecord, interfaces.LinearMethod),
+    }
+)
+"""Kind of record -> its type, and the contract of its target. The hook that lists a kind is ``lightllm_<kind>``."""
+
+Fault = (Exception, SystemExit)
+"""What a plugin's code may raise at us."""
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,21 +57,27 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     strict: bool = False
 
 
-@dataclass
+@dataclass(eq=False)
 class Plugin:
     """One entry point: who it is, and how it fares. ``reason``: why it is broken."""
 
     name: str
     distribution: str
     version: str
-    target: str
+    source: Callable[[], object]
     status: Literal["ok", "broken", "blocked"] = "ok"
     reason: str = ""
-    module: Any = None
+    module: object = None
+    records: dict[str, list[Record]] = field(default_factory=dict)
+
+    @property
+    def origin(self) -> str:
+        """Distribution and version."""
+        return f"{self.distribution} {self.version}".strip()
 
     @property
     def label(self) -> str:
-        return f"{self.name} ({self.distribution} {self.version})"
+        return f"{self.name} ({self.origin})"
 
     @property
     def builtin(self) -> bool:
@@ -93,262 +92,383 @@ class Provided:
     plugin: Plugin
 
     @property
+    def address(self) -> str:
+        """``plugin/name``: names this record whatever else is installed."""
+        return f"{self.plugin.name}/{self.record.name}"
+
+    @property
     def label(self) -> str:
-        return f"{self.plugin.name}/{self.record.name} ({self.plugin.distribution} {self.plugin.version})"
+        return f"{self.address} ({self.plugin.origin})"
 
 
-@dataclass
+class PluginReport(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of `lightllm-serve plugins`. ``provides``: kind -> record names, none for hooks that list no records."""
+
+    name: str
+    distribution: str
+    version: str
+    builtin: bool
+    status: Literal["ok", "broken", "blocked"]
+    provides: dict[str, list[str]]
+    reason: str
+
+
+class _Wrong(Exception):
+    """What is wrong with a plugin, said in full: shown without an exception's name."""
+
+
 class Plugins:
-    """The plugins of this process. Records are gathered once, at discovery."""
+    """The plugins of this process. Records are gathered once, at discovery; the other hooks are called when asked.
 
-    recipe: Recipe
-    plugins: list[Plugin] = field(default_factory=list)
-    _manager: pluggy.PluginManager = field(default_factory=lambda: pluggy.PluginManager(GROUP))
-    _records: dict[str, list[Provided]] = field(default_factory=lambda: {kind: [] for kind in RECORDS})
+    A UserError raised by a hook that was given the configuration speaks to the user, and passes. Anything else that
+    a hook raises, or answers wrongly, breaks its plugin and only it.
+    """
+
+    def __init__(self, plugins: Sequence[Plugin], recipe: Recipe, *, quiet: bool = False) -> None:
+        self.recipe = recipe
+        self.plugins = plugins
+        self._quiet = quiet
+        self._manager = _new_manager()
+        for name in recipe.blocked:
+            if all(plugin.name != name for plugin in plugins):
+                self._warn(f"--no-plugin {name}: no plugin of that name is installed")
+        taken: dict[str, Plugin] = {}
+        for plugin in plugins:
+            if plugin.name in recipe.blocked:
+                plugin.status = "blocked"
+            elif plugin.name in taken:
+                self._break(plugin, f"the name {plugin.name!r} is already taken by {taken[plugin.name].label}")
+            else:
+                taken[plugin.name] = plugin
+                self._start(plugin)
 
     @classmethod
-    def discover(cls, recipe: Recipe | None = None) -> Plugins:
-        """Load every installed plugin but the blocked ones. Raises UserError when one is broken and ``strict`` is set."""
-        self = cls(recipe or Recipe())
-        self._manager.add_hookspecs(hookspecs)
-        points = sorted(importlib_metadata.entry_points(group=GROUP), key=_order)
-        for point in points:
-            self._register(point)
-        unknown = set(self.recipe.blocked) - {plugin.name for plugin in self.plugins}
-        for name in sorted(unknown):
-            log.warning("--no-plugin %s: no plugin of that name is installed", name)
-        for kind, type_ in RECORDS.items():
-            for plugin, records in self._ask(f"lightllm_{kind}"):
-                wrong = next((r for r in records if not isinstance(r, type_)), None)
-                if wrong is not None:
-                    self._break(plugin, f"lightllm_{kind} gave a {type(wrong).__name__}, not a {type_.__name__}")
-                else:
-                    self._records[kind] += [Provided(record, plugin) for record in records]
-        # A plugin found broken by a later hook takes all it provides with it.
-        for kind, provided in self._records.items():
-            self._records[kind] = [p for p in provided if p.plugin.status == "ok"]
-        return self
+    def discover(
+        cls, recipe: Recipe | None = None, *, extra: Iterable[tuple[str, object]] = (), quiet: bool = False
+    ) -> Plugins:
+        """Load every installed plugin but the blocked ones. Raises UserError when one is broken and strictness is on.
+
+        ``extra``: (name, module or object) pairs to load besides, for tests. ``quiet``: log what is broken at debug
+        level only, for processes after the first.
+        """
+        given = [Plugin(name, "extra", "", lambda module=module: module) for name, module in extra]  # type: ignore[misc]
+        return cls([*_installed(), *given], recipe or Recipe(), quiet=quiet)
 
     # --- records
 
     def records(self, kind: str) -> list[Provided]:
-        """All records of a kind: a key of `RECORDS`."""
-        return self._records[kind]
+        """All records of a kind, a key of `RECORDS`; the built-in plugins' first."""
+        RECORDS[kind]
+        return [Provided(record, plugin) for plugin in self._active() for record in plugin.records.get(kind, ())]
 
     def find(self, kind: str, name: str) -> Provided:
         """The record called ``name`` or ``plugin/name``. Raises UserError when there is none, or several."""
-        found = [p for p in self.records(kind) if name in (p.record.name, f"{p.plugin.name}/{p.record.name}")]
+        records = self.records(kind)
+        found = [p for p in records if name in (p.record.name, p.address)]
         if len(found) == 1:
             return found[0]
         what = kind.replace("_", " ").removesuffix("s")
         if found:
-            choices = " or ".join(f"{p.plugin.name}/{p.record.name}" for p in found)
-            owners = ", ".join(p.label for p in found)
-            raise UserError(f"several plugins provide a {what} called {name!r}: {owners}. Say {choices}")
-        names = sorted({p.record.name for p in self.records(kind)})
-        close = difflib.get_close_matches(name, names, 1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        there = f"Installed: {', '.join(names)}." if names else "No plugin provides one."
-        raise UserError(f"there is no {what} called {name!r}. {there}{hint}{self.broken_note()}")
+            choices = " or ".join(f"{p.address} ({p.plugin.origin})" for p in found)
+            raise UserError(f"several plugins provide a {what} called {name!r}: say {choices}")
+        names = [p.record.name for p in records]
+        shown = sorted({p.address if names.count(p.record.name) > 1 else p.record.name for p in records})
+        there = f"Available: {', '.join(shown)}." if shown else "No plugin provides one."
+        raise UserError(f"no {what} called {name!r}. {there}{_suggestion(name, shown)}{self.broken_note()}")
 
     def load(self, provided: Provided, target: str | None = None) -> Any:
-        """Import a record's target. Raises UserError naming the plugin when that fails."""
+        """Import the record's target, or another "module:attr" it names. Raises UserError naming the plugin when that
+        fails."""
         target = target or provided.record.target
-        module, _, attribute = target.partition(":")
         try:
-            return getattr(importlib.import_module(module), attribute)
-        except UserError:
-            raise
-        except Exception as error:
+            return _import(target)
+        except Fault as error:
+            log.debug("importing %s", target, exc_info=True)
             raise UserError(f"{provided.label}: cannot import {target}: {_describe(error)}") from error
-
-    def broken_note(self) -> str:
-        """What is broken, as an end to an error message: it may be why something is missing."""
-        broken = [f" Plugin {p.label} is broken: {p.reason}." for p in self.plugins if p.status == "broken"]
-        return "".join(broken)
 
     # --- the other hooks
 
     def resolve_model(self, name: str, revision: str | None, config: Config) -> Path:
         """The first answer. Raises UserError when nobody knows the name, or as the plugin that knows it says."""
-        asked = []
-        for plugin, caller in self._callers("lightllm_resolve_model"):
-            asked.append(plugin.name)
-            with self._guard(plugin, "lightllm_resolve_model"):
-                answer = caller(name=name, revision=revision, config=config)
-                if answer is not None:
-                    return Path(answer)
+        asked: list[str] = []
+        hook = "lightllm_resolve_model"
+        answers: Iterator[Path] = self._first(hook, Path, asked, name=name, revision=revision, config=config)
+        if (path := next(answers, None)) is not None:
+            return path
         raise UserError(
             f"--model {name}: not a folder or .gguf file here, and no model source knows it "
             f"(asked: {', '.join(asked) or 'none'}).{self.broken_note()}"
         )
 
     def choose_chat_template(self, info: ModelInfo, config: Config) -> str | None:
-        for plugin, caller in self._callers("lightllm_choose_chat_template"):
-            with self._guard(plugin, "lightllm_choose_chat_template"):
-                answer = caller(info=info, config=config)
-                if answer is not None:
-                    return str(answer)
-        return None
+        """A chat template that a plugin prefers to the checkpoint's own."""
+        answers: Iterator[str] = self._first("lightllm_choose_chat_template", str, [], info=info, config=config)
+        return next(answers, None)
 
     def add_options(self, group: OptionGroup) -> None:
-        for plugin, caller in self._callers("lightllm_add_options"):
-            with self._guard(plugin, "lightllm_add_options"):
-                caller(group=group.of(plugin.label))
+        """Let every plugin add its command-line options, each in its own name."""
+        for plugin in self._active():
+            self._ask(plugin, "lightllm_add_options", type(None), group=group.of(f"plugin {plugin.label}"))
 
     def listeners(self, config: Config) -> list[tuple[Plugin, Listener]]:
-        answers = self._ask("lightllm_listeners", config=config)
-        return [(plugin, listener) for plugin, listeners in answers for listener in listeners]
+        hook = "lightllm_listeners"
+        return [(p, item) for p in self._active() for item in self._ask(p, hook, Listener, listed=True, config=config)]
 
     def routes(self, config: Config) -> list[Any]:
-        return [route for _, routes in self._ask("lightllm_routes", config=config) for route in routes]
+        hook = "lightllm_routes"
+        return [item for p in self._active() for item in self._ask(p, hook, object, listed=True, config=config)]
 
     def lifespans(self, config: Config) -> list[AbstractAsyncContextManager[None]]:
-        spans = []
-        for plugin, caller in self._callers("lightllm_lifespan"):
-            with self._guard(plugin, "lightllm_lifespan"):
-                spans.append(caller(config=config))
-        return spans
+        """Contexts to enter in this order, and to leave in the reverse."""
+        hook = "lightllm_lifespan"
+        return [c for p in self._active() for c in self._ask(p, hook, AbstractAsyncContextManager, config=config)]
 
-    def report(self) -> list[dict[str, Any]]:
-        """Every plugin as plain data: name, distribution, version, builtin, status, provides, reason."""
-        rows = []
-        for plugin in self.plugins:
-            provides = {
-                kind: [p.record.name for p in provided if p.plugin is plugin]
-                for kind, provided in self._records.items()
-                if any(p.plugin is plugin for p in provided)
-            }
-            for caller in self._manager.get_hookcallers(plugin.module) or [] if plugin.status == "ok" else []:
-                kind = caller.name.removeprefix("lightllm_")
-                if kind not in RECORDS:
-                    provides[kind] = []
-            rows.append(
-                {
-                    "name": plugin.name,
-                    "distribution": plugin.distribution,
-                    "version": plugin.version,
-                    "builtin": plugin.builtin,
-                    "status": plugin.status,
-                    "provides": provides,
-                    "reason": plugin.reason,
-                }
+    # --- the state of things
+
+    def check(self) -> None:
+        """Import every target and hold it against its contract; what fails is broken from then on."""
+        for plugin in self._active():
+            try:
+                for kind, records in plugin.records.items():
+                    for record in records:
+                        _check_target(record.target, RECORDS[kind][1])
+                        if isinstance(record, interfaces.WeightFormatRecord):
+                            _check_target(record.checkpoint, interfaces.Checkpoint)
+            except Fault as error:
+                self._break(plugin, _describe(error))
+
+    def report(self) -> list[PluginReport]:
+        return [
+            PluginReport(
+                name=plugin.name,
+                distribution=plugin.distribution,
+                version=plugin.version,
+                builtin=plugin.builtin,
+                status=plugin.status,
+                provides=self._provides(plugin),
+                reason=plugin.reason,
             )
-        return rows
+            for plugin in self.plugins
+        ]
+
+    def broken_note(self) -> str:
+        """What is broken, as an end to an error message: it may be why something is missing."""
+        broken = [plugin for plugin in self.plugins if plugin.status == "broken"]
+        return "".join(f" Plugin {plugin.label} is broken: {plugin.reason.rstrip('.')}." for plugin in broken)
 
     # --- loading
 
-    def _register(self, point: importlib_metadata.EntryPoint) -> None:
-        dist = point.dist
-        plugin = Plugin(point.name, dist.name if dist else "?", dist.version if dist else "?", point.value)
-        twin = next((p for p in self.plugins if p.name == plugin.name), None)
-        if twin and (twin.distribution, twin.target) == (plugin.distribution, plugin.target):
-            return  # one distribution seen twice on sys.path
-        self.plugins.append(plugin)
-        if plugin.name in self.recipe.blocked:
-            plugin.status = "blocked"
-            return
-        if twin:
-            self._break(plugin, f"its name is taken by {twin.distribution} {twin.version}")
-            return
+    def _start(self, plugin: Plugin) -> None:
         try:
-            plugin.module = point.load()
-        except Exception as error:
+            module = plugin.source()
+            _verify(module)
+            self._manager.register(module, plugin.name)
+        except Fault as error:
+            log.debug("loading plugin %s", plugin.name, exc_info=True)
             self._break(plugin, _describe(error))
             return
-        if problem := _misspelt(plugin.module):
-            self._break(plugin, problem)
-            return
-        try:
-            self._manager.register(plugin.module, name=plugin.name)
-        except Exception as error:
-            self._break(plugin, _describe(error))
+        plugin.module = module
+        for kind, (record_type, _) in RECORDS.items():
+            if plugin.status == "ok":
+                hook = f"lightllm_{kind}"
+                plugin.records[kind] = self._ask(plugin, hook, record_type, listed=True, check=_check_records)
 
     def _break(self, plugin: Plugin, reason: str) -> None:
-        """Take a plugin out of service and say so; fatal when strict."""
+        """Take a plugin out of service, with all it provides, and say so; fatal when strict."""
         plugin.status, plugin.reason = "broken", reason
-        if plugin.module is not None and self._manager.is_registered(plugin.module):
-            self._manager.unregister(plugin.module)
-        message = f"plugin {plugin.label} is broken: {reason}"
+        if plugin.module is not None:
+            self._manager.unregister(name=plugin.name)
+            plugin.module = None
         if self.recipe.strict:
-            raise UserError(message)
-        log.warning(message)
+            raise UserError(f"plugin {plugin.label} is broken: {reason}")
+        self._warn(f"plugin {plugin.label} is broken and left out: {reason}")
+
+    def _warn(self, message: str) -> None:
+        log.log(logging.DEBUG if self._quiet else logging.WARNING, "%s", message)
+
+    def _active(self) -> list[Plugin]:
+        return [plugin for plugin in self.plugins if plugin.status == "ok"]
+
+    def _provides(self, plugin: Plugin) -> dict[str, list[str]]:
+        provides = {kind: [record.name for record in records] for kind, records in plugin.records.items() if records}
+        callers = self._manager.get_hookcallers(plugin.module) or [] if plugin.module is not None else []
+        others = [caller.name.removeprefix("lightllm_") for caller in callers]
+        return provides | {hook: [] for hook in others if hook not in RECORDS}
 
     # --- asking
 
-    def _callers(self, hook: str) -> Iterator[tuple[Plugin, Callable[..., Any]]]:
-        """Each plugin's own implementation of a hook, so that one that raises stops nobody else."""
-        for plugin in list(self.plugins):
-            if plugin.status != "ok":
+    def _ask(
+        self,
+        plugin: Plugin,
+        hook: str,
+        answer_type: type,
+        *,
+        listed: bool = False,
+        check: Callable[[list[Any]], None] = lambda _: None,
+        **arguments: Any,
+    ) -> list[Any]:
+        """One plugin's answers; ``listed``: each answer is a list of them. Empty when it breaks."""
+        others = [p.module for p in self.plugins if p.module is not None and p is not plugin]
+        try:
+            result = self._manager.subset_hook_caller(hook, others)(**arguments)
+            # A firstresult hook answers once; the others give a list with an item for each implementation.
+            answers = [answer for answer in (result if isinstance(result, list) else [result]) if answer is not None]
+            if listed:
+                # A generator runs only when it is read: here, within reach of the except below.
+                answers = [item for answer in answers for item in _items(hook, answer)]
+            for answer in answers:
+                if not isinstance(answer, answer_type):
+                    raise _Wrong(f"{hook} answered {answer!r:.80}, which is no {answer_type.__name__}")
+            check(answers)
+            return answers
+        except Fault as error:
+            if isinstance(error, UserError) and arguments:
+                raise
+            log.debug("plugin %s: %s", plugin.name, hook, exc_info=True)
+            reason = _describe(error) if isinstance(error, _Wrong) else f"{hook} raised {_describe(error)}"
+            self._break(plugin, reason)
+            return []
+
+    def _first(self, hook: str, answer_type: type, asked: list[str], **arguments: Any) -> Iterator[Any]:
+        """Answers in pluggy's order: the last registered first, so that a plugin is asked before the built-ins."""
+        implementations = getattr(self._manager.hook, hook).get_hookimpls()
+        for name in dict.fromkeys(implementation.plugin_name for implementation in reversed(implementations)):
+            plugin = next(p for p in self._active() if p.name == name)
+            asked.append(plugin.label)
+            yield from self._ask(plugin, hook, answer_type, **arguments)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Discovery
+
+
+def _new_manager() -> pluggy.PluginManager:
+    manager = pluggy.PluginManager(GROUP)
+    manager.add_hookspecs(hookspecs)
+    return manager
+
+
+def _installed() -> list[Plugin]:
+    """Built-ins first, then by distribution and name: the same order everywhere, however sys.path lies."""
+    found: dict[tuple[str, str, str], Plugin] = {}
+    for point in importlib_metadata.entry_points(group=GROUP):
+        dist = point.dist
+        name, version = ("?", "") if dist is None else (dist.name, dist.version or "")
+        plugin = Plugin(point.name, name, version, lambda point=point: _import_point(point))  # type: ignore[misc]
+        # One distribution may be seen twice on sys.path.
+        found.setdefault((name, point.name, point.value), plugin)
+    return sorted(found.values(), key=lambda p: (not p.builtin, p.distribution.lower(), p.name))
+
+
+def _import_point(point: importlib_metadata.EntryPoint) -> object:
+    for requirement in (point.dist.requires or ()) if point.dist is not None else ():
+        if requirement.lower().startswith("lightllm"):
+            _check_requirement(requirement)
+    return point.load()
+
+
+def _check_requirement(text: str) -> None:
+    """pip lets people install a plugin beside a version it was not made for; it then fails far from the cause."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    requirement = Requirement(text)
+    own = importlib_metadata.version(DISTRIBUTION)
+    applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+    ours = canonicalize_name(requirement.name) == DISTRIBUTION and applies
+    if ours and not requirement.specifier.contains(own, prereleases=True):
+        raise _Wrong(f"it needs {DISTRIBUTION}{requirement.specifier}, and this is {own}")
+
+
+def _import(target: str) -> Any:
+    module, _, path = target.partition(":")
+    found: Any = importlib.import_module(module)
+    for part in path.split("."):
+        found = getattr(found, part)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What can be wrong
+
+
+def _verify(module: object) -> None:
+    """Find what pluggy would accept in silence. Raises `_Wrong`, or pluggy's PluginValidationError."""
+    trial = _new_manager()
+    known = [name for name in dir(trial.hook) if name.startswith("lightllm_")]
+    trial.register(module, "trial")
+    callers = trial.get_hookcallers(module) or []
+    for caller in callers:
+        if not caller.has_spec():
+            raise _Wrong(f"there is no hook called {caller.name}.{_suggestion(caller.name, known)}")
+        if any(implementation.wrapper or implementation.hookwrapper for implementation in caller.get_hookimpls()):
+            raise _Wrong(f"{caller.name} is a hook wrapper: a plugin answers for itself, not for others")
+    answered = {caller.name for caller in callers}
+    for name in known:
+        function = None if name in answered else getattr(module, name, None)
+        if inspect.isroutine(function) and not hasattr(function, "lightllm_spec"):
+            raise _Wrong(f"{name} lacks the @hookimpl decorator")
+    if not callers:
+        raise _Wrong("it answers no hook")
+
+
+def _items(hook: str, answer: Any) -> list[Any]:
+    if isinstance(answer, (str, bytes, Mapping)) or not isinstance(answer, Iterable):
+        raise _Wrong(f"{hook} answered {answer!r:.80}, which is no list")
+    return list(answer)
+
+
+def _check_records(records: list[Record]) -> None:
+    """msgspec does not check what a struct is built with; a wrong record must not surface amid a start."""
+    seen: set[str] = set()
+    for record in records:
+        for spec in msgspec.structs.fields(type(record)):
+            value = getattr(record, spec.name)
+            what = f"record {record.name!r}: {spec.name} is {value!r:.80}"
+            if "Callable" in str(spec.type):
+                if not callable(value) and (value is not None or spec.required):
+                    raise _Wrong(f"{what}, which cannot be called")
                 continue
-            others = [p.module for p in self.plugins if p.status == "ok" and p is not plugin]
-            caller = self._manager.subset_hook_caller(hook, others)
-            if caller.get_hookimpls():
-                yield plugin, _single(caller)
-
-    def _ask(self, hook: str, **arguments: Any) -> list[tuple[Plugin, list[Any]]]:
-        """Every plugin's list. Listed here, inside the guard: a generator runs only when it is read."""
-        answers = []
-        for plugin, caller in self._callers(hook):
-            with self._guard(plugin, hook):
-                answers.append((plugin, list(caller(**arguments))))
-        return answers
-
-    def _guard(self, plugin: Plugin, hook: str) -> _Guard:
-        return _Guard(self, plugin, hook)
+            try:
+                msgspec.convert(value, spec.type)
+            except msgspec.ValidationError as error:
+                raise _Wrong(f"{what}: {error}") from None
+            if spec.name in ("target", "checkpoint") and not all(value.partition(":")[::2]):
+                raise _Wrong(f"{what}, not module:attr")
+        if "/" in record.name or record.name.split() != [record.name]:
+            raise _Wrong(f"a record is called {record.name!r}: names hold no slash and no space")
+        if record.name in seen:
+            raise _Wrong(f"it lists {record.name!r} twice")
+        seen.add(record.name)
 
 
-class _Guard:
-    """Turns an exception in a plugin's hook into a broken plugin; a UserError is the plugin's own word and passes."""
-
-    def __init__(self, plugins: Plugins, plugin: Plugin, hook: str) -> None:
-        self.plugins, self.plugin, self.hook = plugins, plugin, hook
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
-        if not isinstance(error, Exception) or isinstance(error, UserError):
-            return False
-        self.plugins._break(self.plugin, f"{self.hook} raised {_describe(error)}")
-        return True
+def _check_target(target: str, contract: type) -> None:
+    try:
+        found = _import(target)
+    except Fault as error:
+        raise _Wrong(f"{target} cannot be imported: {_describe(error)}") from error
+    missing = [name for name in contract_members(contract) if not hasattr(found, name)]
+    if missing:
+        raise _Wrong(f"{target} is no {contract.__name__}: it lacks {', '.join(missing)}")
 
 
-def _single(caller: pluggy.HookCaller) -> Callable[..., Any]:
-    """Call a hook that one plugin implements: a list of one answer, or the answer itself, becomes the answer."""
-
-    def call(**arguments: Any) -> Any:
-        answer = caller(**arguments)
-        if caller.spec is not None and caller.spec.opts.get("firstresult"):
-            return answer
-        return answer[0] if answer else None
-
-    return call
-
-
-def _order(point: importlib_metadata.EntryPoint) -> tuple[bool, str, str]:
-    """Built-ins first, then by distribution and name: the same order everywhere."""
-    distribution = point.dist.name if point.dist else ""
-    return (distribution != DISTRIBUTION, distribution, point.name)
-
-
-def _misspelt(module: Any) -> str:
-    """What is wrong with a plugin's hook implementations: a name or an argument the core does not know."""
-    for name, member in inspect.getmembers(module):
-        if not (callable(member) and hasattr(member, "lightllm_impl")):
-            continue
-        spec = getattr(hookspecs, name, None)
-        if spec is None or not hasattr(spec, "lightllm_spec"):
-            known = [n for n in dir(hookspecs) if hasattr(getattr(hookspecs, n), "lightllm_spec")]
-            close = difflib.get_close_matches(name, known, 1)
-            return f"there is no hook {name}" + (f", did you mean {close[0]}?" if close else "")
-        takes = set(inspect.signature(spec).parameters)
-        for argument in inspect.signature(member).parameters:
-            if argument not in takes and argument != "self":
-                return f"{name} has no argument {argument!r} (it has: {', '.join(sorted(takes)) or 'none'})"
-    return ""
+def contract_members(contract: type) -> list[str]:
+    """What a target must have: the methods and class variables of a contract, by name."""
+    variables = [name for name, hint in inspect.get_annotations(contract).items() if str(hint).startswith("ClassVar")]
+    methods = [name for name, value in vars(contract).items() if inspect.isfunction(value) and name[0] != "_"]
+    return variables + methods
 
 
 def _describe(error: BaseException) -> str:
+    """An exception in one line."""
     text = " ".join(str(error).split())
+    if isinstance(error, _Wrong):
+        return text
+    if isinstance(error, pluggy.PluginValidationError):
+        return text.removeprefix("Plugin 'trial' for hook ")
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _suggestion(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {close[0]}?" if close else ""
