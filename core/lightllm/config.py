@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from lightllm.plugins import Plugins
 
 
+Positive = Annotated[int, Meta(ge=1)]
+
+
 class Config(msgspec.Struct, frozen=True, kw_only=True):
     """Everything a process needs to know. Crosses to the engine as msgpack, so it is plain data.
 
@@ -49,20 +52,20 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     ] = "auto"
     device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="auto: cuda where there is one")] = "auto"
     quantization: Annotated[str | None, Meta(description="linear method to hold the weights in")] = None
-    tp: Annotated[int, Meta(ge=1, description="tensor-parallel ranks")] = 1
+    tp: Annotated[Positive, Meta(description="tensor-parallel ranks")] = 1
     attention_backend: Annotated[str, Meta(description="attention backend, or auto")] = "auto"
     sampler: Annotated[str, Meta(description="sampler, or auto")] = "auto"
 
     max_model_len: Annotated[
-        int | None, Meta(ge=1, description="longest prompt plus answer, in tokens; default: the model's own")
+        Positive | None, Meta(description="longest prompt plus answer, in tokens; default: the model's own")
     ] = None
-    max_total_tokens: Annotated[int | None, Meta(ge=1, description="size of the KV cache, in tokens")] = None
+    max_total_tokens: Annotated[Positive | None, Meta(description="size of the KV cache, in tokens")] = None
     kv_cache_memory: Annotated[
         str | None, Meta(description="size of the KV cache, in bytes, e.g. 4GiB; default: from free memory")
     ] = None
-    max_running_requests: Annotated[int, Meta(ge=1, description="sequences in one step at most")] = 256
+    max_running_requests: Annotated[Positive, Meta(description="sequences in one step at most")] = 256
     max_batch_tokens: Annotated[
-        int | None, Meta(ge=1, description="tokens in one step at most; longer prompts are prefilled in chunks")
+        Positive | None, Meta(description="tokens in one step at most; longer prompts are prefilled in chunks")
     ] = None
     prefix_cache: Annotated[bool, Meta(description="reuse the KV cache of shared prompt beginnings")] = True
 
