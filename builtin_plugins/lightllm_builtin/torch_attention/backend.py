@@ -35,9 +35,10 @@ class Prompt:
 
 @dataclass
 class Decodes:
-    """Single tokens at ``rows`` of the step with slots ``keys`` [rows * longest] (or one contiguous slice)."""
+    """``count`` single tokens at ``rows`` of the step with slots ``keys`` [rows * longest] (or one contiguous slice)."""
 
-    rows: Tensor
+    count: int
+    rows: Tensor | slice
     keys: Tensor | slice
     mask: Tensor | None
     """[rows, 1, 1, longest] bool; None: all of them."""
@@ -73,13 +74,12 @@ class TorchAttention:
             else:
                 plan.prompts.append(self._prompt(start, new, context, table, window))
             start += new
-        # Longest first, a new group where padding would more than double a row.
-        decodes.sort(key=lambda d: -len(d[1]))
+        # Those of at least half the longest's length go together: padding at most doubles a row.
         while decodes:
-            longest = len(decodes[0][1])
-            size = next((i for i, (_, table) in enumerate(decodes) if 2 * len(table) + 64 < longest), len(decodes))
-            plan.decodes.append(self._decodes(decodes[:size], longest))
-            decodes = decodes[size:]
+            longest = max(len(table) for _, table in decodes)
+            together = [d for d in decodes if 2 * len(d[1]) + 64 >= longest]
+            plan.decodes.append(self._decodes(together, longest))
+            decodes = [d for d in decodes if 2 * len(d[1]) + 64 < longest]
         return plan
 
     def _prompt(self, start: int, new: int, context: int, table: Tensor, window: int | None) -> Prompt:
@@ -97,16 +97,19 @@ class TorchAttention:
         return Prompt(start, start + new, keys, mask)
 
     def _decodes(self, group: Sequence[tuple[int, Tensor]], longest: int) -> Decodes:
-        rows = torch.tensor([row for row, _ in group], device=self.device)
+        first, last = group[0][0], group[-1][0]
+        rows: Tensor | slice = slice(first, last + 1)
+        if last - first >= len(group):
+            rows = torch.tensor([row for row, _ in group], device=self.device)
         if len(group) == 1:
-            return Decodes(rows, _run(group[0][1]), None)
+            return Decodes(1, rows, _run(group[0][1]), None)
         tables = [table for _, table in group]
         keys = torch.nn.utils.rnn.pad_sequence(tables, batch_first=True, padding_value=self.pool.slots)
         mask = None
         if any(len(table) < longest for table in tables):
             lengths = torch.tensor([len(table) for table in tables], device=self.device)
             mask = (torch.arange(longest, device=self.device) < lengths[:, None])[:, None, None]
-        return Decodes(rows, keys.flatten(), mask)
+        return Decodes(len(group), rows, keys.flatten(), mask)
 
     def attend(self, layer: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
         pool_k, pool_v = self.pool.k[layer.layer], self.pool.v[layer.layer]
@@ -129,7 +132,7 @@ class TorchAttention:
             # with one query token, a kv head's query heads are its query rows
             queries = q[d.rows].unflatten(1, (layer.kv_heads, group))
             keys, values = _read(pool_k, pool_v, d.keys, d.buffers)
-            shape = (len(d.rows), -1, layer.kv_heads, layer.head_dim)
+            shape = (d.count, -1, layer.kv_heads, layer.head_dim)
             keys, values = keys.view(shape).transpose(1, 2), values.view(shape).transpose(1, 2)
             y = scaled_dot_product_attention(queries, keys, values, attn_mask=d.mask, scale=layer.scale)
             out[d.rows] = y.flatten(1, 2)
