@@ -6,8 +6,7 @@ import argparse
 import importlib.metadata
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -16,6 +15,7 @@ import msgspec
 import msgspec.inspect
 from msgspec import Meta
 
+from lightllm.checks import suggestion
 from lightllm.interfaces import UserError
 
 if sys.version_info >= (3, 11):
@@ -91,6 +91,10 @@ class UsageError(UserError):
     """The command line, the environment or the config file is wrong; exit code 2."""
 
 
+class _UnknownOption(UsageError):
+    pass
+
+
 ALIASES: Mapping[str, str] = MappingProxyType(
     {
         "model-dir": "model",
@@ -138,17 +142,14 @@ class Option(msgspec.Struct, frozen=True, kw_only=True):
 
     def parse(self, text: str | Sequence[str], source: str) -> Any:
         """The value of what was typed. ``source`` names where: ``--port`` or ``LIGHTLLM_PORT``."""
+        texts = [text] if isinstance(text, str) else text
+        value: Any = texts[-1].strip()
         if self.is_list:
-            texts = [text] if isinstance(text, str) else text
-            value: Any = [item for given in texts for item in (part.strip() for part in given.split(",")) if item]
-            if not value:
-                raise UsageError(f"{source}: the value is empty")
-        else:
-            value = str(text).strip()
-            if not value:
-                raise UsageError(f"{source}: the value is empty")
-            if self.is_flag:
-                value = {"yes": True, "on": True, "no": False, "off": False}.get(value.lower(), value)
+            value = [item for given in texts for item in (part.strip() for part in given.split(",")) if item]
+        elif self.is_flag:
+            value = {"yes": True, "on": True, "no": False, "off": False}.get(value.lower(), value.lower())
+        if value in ("", []):
+            raise UsageError(f"{source}: the value is empty")
         return self.convert(value, source, strict=False)
 
     def convert(self, value: Any, source: str, *, strict: bool) -> Any:
@@ -168,6 +169,15 @@ class Option(msgspec.Struct, frozen=True, kw_only=True):
         if self.key == "kv_cache_memory":
             return "a size in bytes, such as 4GiB, 512MB or 1.5G"
         return " or ".join(_in_words(t) for t in _plain_types(self.type))
+
+    def metavar(self) -> str:
+        """What stands for the value in the help text."""
+        info = _plain_types(self.type)[0]
+        if isinstance(info, msgspec.inspect.LiteralType):
+            return f"{{{','.join(str(value) for value in info.values)}}}"
+        if isinstance(info, (msgspec.inspect.IntType, msgspec.inspect.FloatType)):
+            return "N"
+        return self.key.rpartition("_")[2].upper()
 
 
 class OptionGroup:
@@ -225,7 +235,8 @@ def read_config(
         plugins.add_options(OptionGroup("", options))
     try:
         given = _Given(options, argv, environ)
-    except UsageError as error:
+    except _UnknownOption as error:
+        # Perhaps a plugin would have added it, had it worked.
         raise UsageError(f"{error}{plugins.broken_note() if plugins is not None else ''}") from None
     values = given.values
     if lightllm_names:
@@ -267,15 +278,14 @@ class _Given:
         for option in options.values():
             if text := environ.get(option.variable, ""):
                 self._set(option, text, option.variable)
-        for name, texts in typed.items():
-            option = options[name]
-            self._set(option, texts if option.is_list else texts[-1], f"--{name}")
+        for name, value in typed.items():
+            self._set(options[name], str(value) if isinstance(value, bool) else value, f"--{name}")
 
     def _set(self, option: Option, text: str | Sequence[str], source: str) -> None:
         if self.sure or option.key in ("no_plugin", "strict_plugins"):
             self.values[option.key] = option.parse(text, source)
 
-    def _typed(self, argv: Sequence[str]) -> dict[str, list[str]]:
+    def _typed(self, argv: Sequence[str]) -> dict[str, Any]:
         parser = _parser(self.options, full=self.sure)
         namespace, rest = parser.parse_known_args([_canonical(token) for token in argv])
         if rest and self.sure:
@@ -285,7 +295,7 @@ class _Given:
             known = [text for action in parser._actions for text in action.option_strings]
             name = unknown.partition("=")[0]
             asked = next((token for token in argv if _canonical(token) == unknown), unknown).partition("=")[0]
-            raise UsageError(f"unknown option {asked}.{_suggestion(name, [*known, *(f'--{a}' for a in ALIASES)])}")
+            raise _UnknownOption(f"unknown option {asked}.{suggestion(name, [*known, *(f'--{a}' for a in ALIASES)])}")
         return {key.replace("_", "-"): value for key, value in vars(namespace).items()}
 
     def _read_file(self, path: Path) -> None:
@@ -301,7 +311,7 @@ class _Given:
             option = self.options.get(ALIASES.get(name, name))
             if option is None:
                 if self.sure:
-                    raise UsageError(f"config file {path}: unknown key {key!r}.{_suggestion(name, self.options)}")
+                    raise _UnknownOption(f"config file {path}: unknown key {key!r}.{suggestion(name, self.options)}")
                 continue
             if option.is_list and isinstance(value, str):
                 value = [value]
@@ -352,13 +362,11 @@ def _parser(options: Mapping[str, Option], *, full: bool) -> argparse.ArgumentPa
         default = f" (default: {_shown(option.default)})" if option.default not in (None, ()) else ""
         help = (option.help + default).replace("%", "%%")
         if option.is_flag:
-            group.add_argument(f"--{option.name}", action="append_const", const="true", dest=option.key, help=help)
-            group.add_argument(
-                f"--no-{option.name}", action="append_const", const="false", dest=option.key, help=argparse.SUPPRESS
-            )
+            group.add_argument(f"--{option.name}", action=argparse.BooleanOptionalAction, dest=option.key, help=help)
         else:
-            metavar = option.allowed() if "{" in option.allowed() else option.key.upper()
-            group.add_argument(f"--{option.name}", action="append", dest=option.key, metavar=metavar, help=help)
+            group.add_argument(
+                f"--{option.name}", action="append", dest=option.key, metavar=option.metavar(), help=help
+            )
     return parser
 
 
@@ -396,13 +404,10 @@ def _in_words(info: msgspec.inspect.Type) -> str:
         return "true or false"
     if isinstance(info, (inspect.IntType, inspect.FloatType)):
         what = "a whole number" if isinstance(info, inspect.IntType) else "a number"
-        limits = [("at least", info.ge), ("at most", info.le), ("more than", info.gt), ("less than", info.lt)]
-        return " ".join([what, " and ".join(f"{word} {limit}" for word, limit in limits if limit is not None)]).strip()
+        if info.ge is not None and info.le is not None:
+            return f"{what} from {info.ge} to {info.le}"
+        limits = {"at least": info.ge, "at most": info.le, "more than": info.gt, "less than": info.lt}
+        return " and ".join(f"{what} {word} {limit}" for word, limit in limits.items() if limit is not None) or what
     if isinstance(info, (inspect.CollectionType, inspect.VarTupleType)):
         return "a list of names"
     return "a text"
-
-
-def _suggestion(name: str, known: Iterable[str]) -> str:
-    close = get_close_matches(name, list(known), n=1)
-    return f" Did you mean {close[0]}?" if close else ""

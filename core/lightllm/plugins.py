@@ -6,15 +6,12 @@ drops duplicate names in silence; this one isolates, warns in one line and remem
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import importlib_metadata
@@ -22,6 +19,17 @@ import msgspec
 import pluggy
 
 from lightllm import hookspecs, interfaces
+from lightllm.checks import (
+    RECORDS,
+    Fault,
+    Wrong,
+    as_list,
+    check_records,
+    check_target,
+    describe,
+    import_target,
+    suggestion,
+)
 from lightllm.interfaces import Listener, ModelInfo, Record, UserError
 
 if TYPE_CHECKING:
@@ -31,23 +39,6 @@ log = logging.getLogger("lightllm.plugins")
 
 GROUP = "lightllm"
 DISTRIBUTION = "lightllm-serve"
-
-RECORDS: Mapping[str, tuple[type[Record], type]] = MappingProxyType(
-    {
-        "models": (interfaces.ModelRecord, interfaces.Model),
-        "attention_backends": (interfaces.AttentionBackendRecord, interfaces.AttentionBackend),
-        "samplers": (interfaces.SamplerRecord, interfaces.Sampler),
-        "logits_processors": (interfaces.LogitsProcessorRecord, interfaces.LogitsProcessor),
-        "tool_parsers": (interfaces.ToolParserRecord, interfaces.ToolParser),
-        "reasoning_parsers": (interfaces.ReasoningParserRecord, interfaces.ReasoningParser),
-        "weight_formats": (interfaces.WeightFormatRecord, interfaces.WeightFormat),
-        "linear_methods": (interfaces.LinearMethodRecord, interfaces.LinearMethod),
-    }
-)
-"""Kind of record -> its type, and the contract of its target. The hook that lists a kind is ``lightllm_<kind>``."""
-
-Fault = (Exception, SystemExit)
-"""What a plugin's code may raise at us."""
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,10 +104,6 @@ class PluginReport(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
 
 
-class _Wrong(Exception):
-    """What is wrong with a plugin, said in full: shown without an exception's name."""
-
-
 class Plugins:
     """The plugins of this process. Records are gathered once, at discovery; the other hooks are called when asked.
 
@@ -174,17 +161,17 @@ class Plugins:
         names = [p.record.name for p in records]
         shown = sorted({p.address if names.count(p.record.name) > 1 else p.record.name for p in records})
         there = f"Available: {', '.join(shown)}." if shown else "No plugin provides one."
-        raise UserError(f"no {what} called {name!r}. {there}{_suggestion(name, shown)}{self.broken_note()}")
+        raise UserError(f"no {what} called {name!r}. {there}{suggestion(name, shown)}{self.broken_note()}")
 
     def load(self, provided: Provided, target: str | None = None) -> Any:
         """Import the record's target, or another "module:attr" it names. Raises UserError naming the plugin when that
         fails."""
         target = target or provided.record.target
         try:
-            return _import(target)
+            return import_target(target)
         except Fault as error:
             log.debug("importing %s", target, exc_info=True)
-            raise UserError(f"{provided.label}: cannot import {target}: {_describe(error)}") from error
+            raise UserError(f"{provided.label}: cannot import {target}: {describe(error)}") from error
 
     # --- the other hooks
 
@@ -231,11 +218,11 @@ class Plugins:
             try:
                 for kind, records in plugin.records.items():
                     for record in records:
-                        _check_target(record.target, RECORDS[kind][1])
+                        check_target(record.target, RECORDS[kind][1])
                         if isinstance(record, interfaces.WeightFormatRecord):
-                            _check_target(record.checkpoint, interfaces.Checkpoint)
+                            check_target(record.checkpoint, interfaces.Checkpoint)
             except Fault as error:
-                self._break(plugin, _describe(error))
+                self._break(plugin, describe(error))
 
     def report(self) -> list[PluginReport]:
         return [
@@ -265,13 +252,13 @@ class Plugins:
             self._manager.register(module, plugin.name)
         except Fault as error:
             log.debug("loading plugin %s", plugin.name, exc_info=True)
-            self._break(plugin, _describe(error))
+            self._break(plugin, describe(error))
             return
         plugin.module = module
         for kind, (record_type, _) in RECORDS.items():
             if plugin.status == "ok":
                 hook = f"lightllm_{kind}"
-                plugin.records[kind] = self._ask(plugin, hook, record_type, listed=True, check=_check_records)
+                plugin.records[kind] = self._ask(plugin, hook, record_type, listed=True, check=check_records)
 
     def _break(self, plugin: Plugin, reason: str) -> None:
         """Take a plugin out of service, with all it provides, and say so; fatal when strict."""
@@ -315,17 +302,17 @@ class Plugins:
             answers = [answer for answer in (result if isinstance(result, list) else [result]) if answer is not None]
             if listed:
                 # A generator runs only when it is read: here, within reach of the except below.
-                answers = [item for answer in answers for item in _items(hook, answer)]
+                answers = [item for answer in answers for item in as_list(hook, answer)]
             for answer in answers:
                 if not isinstance(answer, answer_type):
-                    raise _Wrong(f"{hook} answered {answer!r:.80}, which is no {answer_type.__name__}")
+                    raise Wrong(f"{hook} answered {answer!r:.80}, which is no {answer_type.__name__}")
             check(answers)
             return answers
         except Fault as error:
             if isinstance(error, UserError) and arguments:
                 raise
             log.debug("plugin %s: %s", plugin.name, hook, exc_info=True)
-            reason = _describe(error) if isinstance(error, _Wrong) else f"{hook} raised {_describe(error)}"
+            reason = describe(error) if isinstance(error, Wrong) else f"{hook} raised {describe(error)}"
             self._break(plugin, reason)
             return []
 
@@ -377,15 +364,7 @@ def _check_requirement(text: str) -> None:
     applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
     ours = canonicalize_name(requirement.name) == DISTRIBUTION and applies
     if ours and not requirement.specifier.contains(own, prereleases=True):
-        raise _Wrong(f"it needs {DISTRIBUTION}{requirement.specifier}, and this is {own}")
-
-
-def _import(target: str) -> Any:
-    module, _, path = target.partition(":")
-    found: Any = importlib.import_module(module)
-    for part in path.split("."):
-        found = getattr(found, part)
-    return found
+        raise Wrong(f"it needs {DISTRIBUTION}{requirement.specifier}, and this is {own}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -393,82 +372,23 @@ def _import(target: str) -> Any:
 
 
 def _verify(module: object) -> None:
-    """Find what pluggy would accept in silence. Raises `_Wrong`, or pluggy's PluginValidationError."""
+    """Find what pluggy would accept in silence, or say in an unclear way. Raises `Wrong`."""
     trial = _new_manager()
     known = [name for name in dir(trial.hook) if name.startswith("lightllm_")]
-    trial.register(module, "trial")
+    try:
+        trial.register(module, "trial")
+    except pluggy.PluginValidationError as error:
+        raise Wrong(str(error).removeprefix("Plugin 'trial' for hook ")) from None
     callers = trial.get_hookcallers(module) or []
     for caller in callers:
         if not caller.has_spec():
-            raise _Wrong(f"there is no hook called {caller.name}.{_suggestion(caller.name, known)}")
+            raise Wrong(f"there is no hook called {caller.name}.{suggestion(caller.name, known)}")
         if any(implementation.wrapper or implementation.hookwrapper for implementation in caller.get_hookimpls()):
-            raise _Wrong(f"{caller.name} is a hook wrapper: a plugin answers for itself, not for others")
+            raise Wrong(f"{caller.name} is a hook wrapper: a plugin answers for itself, not for others")
     answered = {caller.name for caller in callers}
     for name in known:
         function = None if name in answered else getattr(module, name, None)
         if inspect.isroutine(function) and not hasattr(function, "lightllm_spec"):
-            raise _Wrong(f"{name} lacks the @hookimpl decorator")
+            raise Wrong(f"{name} lacks the @hookimpl decorator")
     if not callers:
-        raise _Wrong("it answers no hook")
-
-
-def _items(hook: str, answer: Any) -> list[Any]:
-    if isinstance(answer, (str, bytes, Mapping)) or not isinstance(answer, Iterable):
-        raise _Wrong(f"{hook} answered {answer!r:.80}, which is no list")
-    return list(answer)
-
-
-def _check_records(records: list[Record]) -> None:
-    """msgspec does not check what a struct is built with; a wrong record must not surface amid a start."""
-    seen: set[str] = set()
-    for record in records:
-        for spec in msgspec.structs.fields(type(record)):
-            value = getattr(record, spec.name)
-            what = f"record {record.name!r}: {spec.name} is {value!r:.80}"
-            if "Callable" in str(spec.type):
-                if not callable(value) and (value is not None or spec.required):
-                    raise _Wrong(f"{what}, which cannot be called")
-                continue
-            try:
-                msgspec.convert(value, spec.type)
-            except msgspec.ValidationError as error:
-                raise _Wrong(f"{what}: {error}") from None
-            if spec.name in ("target", "checkpoint") and not all(value.partition(":")[::2]):
-                raise _Wrong(f"{what}, not module:attr")
-        if "/" in record.name or record.name.split() != [record.name]:
-            raise _Wrong(f"a record is called {record.name!r}: names hold no slash and no space")
-        if record.name in seen:
-            raise _Wrong(f"it lists {record.name!r} twice")
-        seen.add(record.name)
-
-
-def _check_target(target: str, contract: type) -> None:
-    try:
-        found = _import(target)
-    except Fault as error:
-        raise _Wrong(f"{target} cannot be imported: {_describe(error)}") from error
-    missing = [name for name in contract_members(contract) if not hasattr(found, name)]
-    if missing:
-        raise _Wrong(f"{target} is no {contract.__name__}: it lacks {', '.join(missing)}")
-
-
-def contract_members(contract: type) -> list[str]:
-    """What a target must have: the methods and class variables of a contract, by name."""
-    variables = [name for name, hint in inspect.get_annotations(contract).items() if str(hint).startswith("ClassVar")]
-    methods = [name for name, value in vars(contract).items() if inspect.isfunction(value) and name[0] != "_"]
-    return variables + methods
-
-
-def _describe(error: BaseException) -> str:
-    """An exception in one line."""
-    text = " ".join(str(error).split())
-    if isinstance(error, _Wrong):
-        return text
-    if isinstance(error, pluggy.PluginValidationError):
-        return text.removeprefix("Plugin 'trial' for hook ")
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _suggestion(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean {close[0]}?" if close else ""
+        raise Wrong("it answers no hook")

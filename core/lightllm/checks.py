@@ -1,0 +1,104 @@
+"""What can be wrong with what a plugin provides: its records and their targets, held against `interfaces`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import msgspec
+
+from lightllm import interfaces
+from lightllm.interfaces import Record
+
+RECORDS: Mapping[str, tuple[type[Record], type]] = MappingProxyType(
+    {
+        "models": (interfaces.ModelRecord, interfaces.Model),
+        "attention_backends": (interfaces.AttentionBackendRecord, interfaces.AttentionBackend),
+        "samplers": (interfaces.SamplerRecord, interfaces.Sampler),
+        "logits_processors": (interfaces.LogitsProcessorRecord, interfaces.LogitsProcessor),
+        "tool_parsers": (interfaces.ToolParserRecord, interfaces.ToolParser),
+        "reasoning_parsers": (interfaces.ReasoningParserRecord, interfaces.ReasoningParser),
+        "weight_formats": (interfaces.WeightFormatRecord, interfaces.WeightFormat),
+        "linear_methods": (interfaces.LinearMethodRecord, interfaces.LinearMethod),
+    }
+)
+"""Kind of record -> its type, and the contract of its target. The hook that lists a kind is ``lightllm_<kind>``."""
+
+Fault = (Exception, SystemExit)
+"""What a plugin's code may raise at us."""
+
+
+class Wrong(Exception):
+    """What is wrong with a plugin, said in full: shown without an exception's name."""
+
+
+def import_target(target: str) -> Any:
+    module, _, path = target.partition(":")
+    found: Any = importlib.import_module(module)
+    for part in path.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def as_list(hook: str, answer: Any) -> list[Any]:
+    if isinstance(answer, (str, bytes, Mapping)) or not isinstance(answer, Iterable):
+        raise Wrong(f"{hook} answered {answer!r:.80}, which is no list")
+    return list(answer)
+
+
+def check_records(records: list[Record]) -> None:
+    """msgspec does not check what a struct is built with; a wrong record must not surface amid a start."""
+    seen: set[str] = set()
+    for record in records:
+        for spec in msgspec.structs.fields(type(record)):
+            value = getattr(record, spec.name)
+            what = f"record {record.name!r}: {spec.name} is {value!r:.80}"
+            if "Callable" in str(spec.type):
+                if not callable(value) and (value is not None or spec.required):
+                    raise Wrong(f"{what}, which cannot be called")
+                continue
+            try:
+                msgspec.convert(value, spec.type)
+            except msgspec.ValidationError as error:
+                raise Wrong(f"{what}: {error}") from None
+            if spec.name in ("target", "checkpoint") and not all(value.partition(":")[::2]):
+                raise Wrong(f"{what}, not module:attr")
+        if "/" in record.name or record.name.split() != [record.name]:
+            raise Wrong(f"a record is called {record.name!r}: names hold no slash and no space")
+        if record.name in seen:
+            raise Wrong(f"it lists {record.name!r} twice")
+        seen.add(record.name)
+
+
+def check_target(target: str, contract: type) -> None:
+    try:
+        found = import_target(target)
+    except Fault as error:
+        raise Wrong(f"{target} cannot be imported: {describe(error)}") from error
+    missing = [name for name in contract_members(contract) if not hasattr(found, name)]
+    if missing:
+        raise Wrong(f"{target} is no {contract.__name__}: it lacks {', '.join(missing)}")
+
+
+def contract_members(contract: type) -> list[str]:
+    """What a target must have: the methods and class variables of a contract, by name."""
+    variables = [name for name, hint in inspect.get_annotations(contract).items() if str(hint).startswith("ClassVar")]
+    methods = [name for name, value in vars(contract).items() if inspect.isfunction(value) and name[0] != "_"]
+    return variables + methods
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line."""
+    text = " ".join(str(error).split())
+    if isinstance(error, Wrong):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {close[0]}?" if close else ""
