@@ -74,6 +74,14 @@ class TorchAttention:
             else:
                 plan.prompts.append(self._prompt(start, new, context, table, window))
             start += new
+        gathered = []
+        for row, table in decodes:
+            keys = _run(table)
+            if isinstance(keys, slice):
+                plan.decodes.append(Decodes(1, slice(row, row + 1), keys, None))
+            else:
+                gathered.append((row, table))
+        decodes = gathered
         # Those of at least half the longest's length go together: padding at most doubles a row.
         while decodes:
             longest = max(len(table) for _, table in decodes)
@@ -101,8 +109,6 @@ class TorchAttention:
         rows: Tensor | slice = slice(first, last + 1)
         if last - first >= len(group):
             rows = torch.tensor([row for row, _ in group], device=self.device)
-        if len(group) == 1:
-            return Decodes(1, rows, _run(group[0][1]), None)
         tables = [table for _, table in group]
         keys = torch.nn.utils.rnn.pad_sequence(tables, batch_first=True, padding_value=self.pool.slots)
         mask = None

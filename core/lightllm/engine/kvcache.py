@@ -12,6 +12,10 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 
+EVICT_AHEAD = 256
+"""Slots evicted beyond what is needed: one by one, they would come from everywhere, and runs would be short."""
+
+
 class Node:
     """An edge of the tree and what follows it: ``tokens`` after its parent's, with their slots.
 
@@ -54,17 +58,14 @@ class KVCache:
         self._leaves: list[tuple[int, int, Node]] = []  # a heap; entries of nodes that changed since are skipped
         self._leaves_limit = 1024
         self._order = itertools.count()
-        self._free = list(range(slots - 1, -1, -1))  # taken from the end, so that runs ascend
-
-    @property
-    def free(self) -> int:
-        """Slots nobody owns."""
-        return len(self._free)
+        self.free = slots  # slots nobody owns
+        self._taken = bytearray(slots)  # 1: owned by a lease or the tree
+        self._next = 0  # where the next sequence looks for room first
 
     @property
     def available(self) -> int:
         """Slots that can be had: free, or cached and held by nobody."""
-        return len(self._free) + self.evictable
+        return self.free + self.evictable
 
     def acquire(self, tokens: Sequence[int], limit: int | None = None) -> Lease:
         """A lease on the longest published beginning of ``tokens``, at most ``limit`` of them."""
@@ -76,16 +77,40 @@ class KVCache:
             slots += node.slots
         return self._lock(Lease(node, slots))
 
-    def extend(self, lease: Lease, count: int) -> bool:
-        """Give the lease ``count`` more slots of its own; False, and nothing done, when they cannot be had."""
+    def extend(self, lease: Lease, count: int, ahead: int = 0) -> bool:
+        """Give the lease ``count`` more slots of its own; False, and nothing done, when they cannot be had.
+
+        They follow its last one, or each other, where there is room: attention reads a run without copying it.
+        ``ahead``: how many more the sequence may come to need; later ones are not put there as long as there is
+        room elsewhere.
+        """
         if count > self.available:
             return False
-        if count > len(self._free):
-            self._evict(count - len(self._free))
-        if count:
-            lease.slots += self._free[: -count - 1 : -1]
-            del self._free[-count:]
+        if count > self.free:
+            self._evict(count - self.free)
+        while count:
+            start, size = self._run(lease.slots, count, ahead)
+            self._taken[start : start + size] = b"\1" * size
+            self.free -= size
+            lease.slots += range(start, start + size)
+            count -= size
         return True
+
+    def _run(self, slots: list[int], count: int, ahead: int) -> tuple[int, int]:
+        """Where to put at most ``count`` tokens after ``slots``: (first slot, how many). At least one is free."""
+        taken = self._taken
+        start = slots[-1] + 1 if slots else self.slots
+        if start == self.slots or taken[start]:  # not just after: somewhere with room, or else wherever
+            for size in (count + ahead, count):
+                hole = bytes(size)
+                start = taken.find(hole, self._next)
+                start = taken.find(hole) if start < 0 else start
+                if start >= 0:
+                    self._next = start + size
+                    return start, count
+            start = taken.find(0)
+        end = taken.find(1, start, start + count)
+        return start, (min(start + count, self.slots) if end < 0 else end) - start
 
     def commit(self, lease: Lease, tokens: Sequence[int]) -> None:
         """Publish: ``tokens``, whose keys and values the lease's first slots hold, may be shared from now on.
@@ -116,8 +141,6 @@ class KVCache:
         self._give_back(lease.slots[lease.shared :])
         lease.slots = lease.slots[:0]
         self._unlock(lease.node)
-        if len(self._free) == self.slots:
-            self._free.sort(reverse=True)  # whole again: let runs be long again
 
     # --- the tree
 
@@ -174,7 +197,8 @@ class KVCache:
             self._leaves_limit = max(1024, 2 * len(self._leaves))
 
     def _evict(self, count: int) -> None:
-        """Free ``count`` cached slots that nobody holds. The caller knows there are as many."""
+        """Free ``count`` cached slots that nobody holds, and some ahead. The caller knows there are as many."""
+        count = min(count + EVICT_AHEAD, self.evictable)
         while count > 0:
             entry = heapq.heappop(self._leaves)
             if not _current(entry):
@@ -198,13 +222,16 @@ class KVCache:
             self._offer(parent)
 
     def _give_back(self, slots: list[int]) -> None:
-        self._free += reversed(slots)
+        for slot in slots:
+            self._taken[slot] = 0
+        self.free += len(slots)
 
     # --- for tests
 
     def check(self, leases: Sequence[Lease]) -> None:
         """Raise AssertionError unless every slot has one owner and every count is right."""
-        owned: list[int] = list(self._free)
+        owned = [slot for slot, taken in enumerate(self._taken) if not taken]
+        assert len(owned) == self.free
         refs: dict[int, int] = {}
         for lease in leases:
             owned += lease.slots[lease.shared :]

@@ -17,6 +17,9 @@ from lightllm.engine.request import Generate, Logprobs, Output, SamplingParams, 
 HEADROOM = 8
 """Free slots per running sequence that an admission must leave: fewer, and it would soon be preempted again."""
 
+AHEAD = 256
+"""Slots kept clear behind a sequence, while there is room elsewhere, for it to grow into."""
+
 
 class Seq:
     """One choice of a request: its tokens, and how many of them have their keys and values in the pool.
@@ -241,7 +244,7 @@ class Scheduler:
         """Slots for the first ``length`` tokens, preempting newer sequences if need be. False: ``seq`` cannot go on; it
         has been preempted itself, or (its lease still there) it has the whole pool and that is not enough."""
         assert seq.lease is not None
-        while not self.cache.extend(seq.lease, max(0, length - len(seq.lease.slots))):
+        while not self.cache.extend(seq.lease, max(0, length - len(seq.lease.slots)), _ahead(seq)):
             newest = self._running[-1]
             if newest is seq and len(self._running) == 1:
                 return False
@@ -266,7 +269,7 @@ class Scheduler:
         lease = self.cache.acquire(seq.tokens(0, len(seq)), 0 if seq.wants_prompt else len(seq) - 1)
         need = len(seq) - lease.shared
         headroom = HEADROOM * len(self._running)
-        if need + headroom > self.cache.available or not self.cache.extend(lease, need):
+        if need + headroom > self.cache.available or not self.cache.extend(lease, need, _ahead(seq)):
             self.cache.release(lease)
             return False
         seq.lease, seq.computed = lease, lease.shared
@@ -355,3 +358,7 @@ class Scheduler:
         assert seq.lease is not None
         self.cache.release(seq.lease, seq.tokens(0, seq.computed))
         seq.lease = None
+
+
+def _ahead(seq: Seq) -> int:
+    return min(AHEAD, seq.params.max_tokens - len(seq.output))
