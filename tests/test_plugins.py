@@ -120,7 +120,10 @@ BROKEN = {
     "no decorator": ("def lightllm_models(): return []", "lightllm_models lacks the @hookimpl decorator"),
     "no hook at all": ("x = 1", "answers no hook"),
     "a wrapper": ("@hookimpl(wrapper=True)\ndef lightllm_models():\n    return (yield)", "hook wrapper"),
-    "raises": ("@hookimpl\ndef lightllm_models(): raise OSError('no\\ndisk')", "lightllm_models raised OSError: no disk"),
+    "raises": (
+        "@hookimpl\ndef lightllm_models(): raise OSError('no\\ndisk')",
+        "lightllm_models raised OSError: no disk",
+    ),
     "raises late": (
         "@hookimpl\ndef lightllm_models():\n    yield from ()\n    raise OSError('late')",
         "lightllm_models raised OSError: late",
@@ -131,10 +134,14 @@ BROKEN = {
     ),
     "no list": ("@hookimpl\ndef lightllm_models(): return 7", "answered 7, which is no list"),
     "a string for a tuple": (
-        "@hookimpl\ndef lightllm_models(): return [ModelRecord(name='x', target='a:b', architectures='LlamaForCausalLM')]",
+        "@hookimpl\ndef lightllm_models():\n"
+        "    return [ModelRecord(name='x', target='a:b', architectures='LlamaForCausalLM')]",
         "record 'x': architectures",
     ),
-    "no module:attr": ("@hookimpl\ndef lightllm_samplers(): return [SamplerRecord(name='x', target='a.b')]", "module:attr"),
+    "no module:attr": (
+        "@hookimpl\ndef lightllm_samplers(): return [SamplerRecord(name='x', target='a.b')]",
+        "module:attr",
+    ),
     "no callable": (
         "@hookimpl\ndef lightllm_weight_formats():\n"
         "    return [WeightFormatRecord(name='x', target='a:b', checkpoint='a:c', matches=None)]",
@@ -236,7 +243,9 @@ def test_no_package_can_take_the_name_of_a_built_in_plugin(site: Site) -> None:
 
 
 def test_a_plugin_made_for_another_version_is_broken(site: Site) -> None:
-    site.install("old", {"old": "old_module"}, {"old_module": GOOD}, requires=["LightLLM_serve>=99; python_version>'3'"])
+    site.install(
+        "old", {"old": "old_module"}, {"old_module": GOOD}, requires=["LightLLM_serve>=99; python_version>'3'"]
+    )
     site.install("new", {"new": "new_module"}, {"new_module": GOOD}, requires=["lightllm-serve>=0.0.1"])
     plugins = Plugins.discover()
     assert "lightllm-serve>=99" in report_of("old", plugins).reason
@@ -322,14 +331,14 @@ def test_a_source_that_answers_with_text_for_a_path_is_broken() -> None:
 
 def test_what_a_source_tells_the_user_passes_through() -> None:
     plugins = only(("one", Source("a")))
-    with pytest.raises(UserError, match="^theirs: not for you$"):
+    with pytest.raises(UserError, match=r"^theirs: not for you$"):
         plugins.resolve_model("theirs", None, Config())
     assert report_of("one", plugins).status == "ok"
 
 
 def test_under_strictness_a_hook_that_fails_later_is_fatal_too() -> None:
     plugins = only(("bad", Source("b")), strict=True)
-    with pytest.raises(UserError, match="bad .extra. is broken: .*cannot"):
+    with pytest.raises(UserError, match=r"bad \(extra\) is broken: .*cannot"):
         plugins.resolve_model("raise", None, Config())
 
 
