@@ -321,6 +321,16 @@ def test_an_unknown_option_quotes_the_broken_plugin_that_may_have_added_it() -> 
         options("--my-option", "3", plugin=Adds("wrong"))
 
 
+def test_a_plugin_that_breaks_half_way_adds_no_option() -> None:
+    class Half:
+        @hookimpl
+        def lightllm_add_options(self, group: OptionGroup) -> None:
+            group.add("--first")
+            raise OSError
+
+    assert read(plugins=plugins(("half", Half()))).plugin_options == {}
+
+
 # --- sizes
 
 

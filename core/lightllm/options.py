@@ -123,6 +123,11 @@ class OptionGroup:
     def of(self, owner: str) -> OptionGroup:
         return OptionGroup(owner, self._options)
 
+    def withdraw(self) -> None:
+        """Take back what this owner has added: it broke half way."""
+        for option in [option for option in self._options.values() if option.owner == self._owner]:
+            del self._options[option.name]
+
     def add(self, name: str, *, type: Any = str, default: Any = None, help: str = "") -> None:
         """Add ``--my-option``. Its value is ``config.plugin_options["my_option"]``, ``default`` unless given.
 

@@ -195,7 +195,10 @@ class Plugins:
     def add_options(self, group: OptionGroup) -> None:
         """Let every plugin add its command-line options, each in its own name."""
         for plugin in self._active():
-            self._ask(plugin, "lightllm_add_options", type(None), group=group.of(f"plugin {plugin.label}"))
+            own = group.of(f"plugin {plugin.label}")
+            self._ask(plugin, "lightllm_add_options", type(None), group=own)
+            if plugin.status != "ok":
+                own.withdraw()
 
     def listeners(self, config: Config) -> list[tuple[Plugin, Listener]]:
         hook = "lightllm_listeners"
