@@ -143,7 +143,14 @@ def test_only_option_names_are_respelt_never_values() -> None:
     assert read("--model", "my_model").model == "my_model"
 
 
+def test_a_text_is_taken_as_it_is_typed() -> None:
+    assert read("--api-key", "null").api_key == "null"
+    assert read("--revision", "7").revision == "7"
+    assert read(environ={"LIGHTLLM_API_KEY": "None"}).api_key == "None"
+
+
 WRONG = {
+    "null for a number": (["--max-model-len", "null"], "--max-model-len: 'null' is not a whole number at least 1"),
     "unknown option": (["--prot", "1"], "unknown option --prot. Did you mean --port?"),
     "unknown option with underscores": (
         ["--max_modle_len=1"],
@@ -188,6 +195,7 @@ def test_a_mistake_in_the_environment_names_the_variable() -> None:
         ("port = ", "config.toml is not TOML"),
         ("[server]\nport = 1", "unknown key 'server'"),
         ("plugin_options = {}", "unknown key 'plugin_options'"),
+        ('dtype = ["bf16"]', "config.toml: dtype: ['bf16'] is not one of auto, bfloat16"),
         ("model = 3", "config.toml: model: 3 is not a text"),
     ],
 )

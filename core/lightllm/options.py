@@ -79,11 +79,16 @@ class Option(msgspec.Struct, frozen=True, kw_only=True):
             value = {"yes": True, "on": True, "no": False, "off": False}.get(value.lower(), value.lower())
         if value in ("", []):
             raise UsageError(f"{source}: the value is empty")
-        return self.convert(value, source, strict=False)
+        # Not strict, msgspec takes the text "null" for None: an API key of that name would open the server.
+        is_text = isinstance(_plain_types(self.type)[0], msgspec.inspect.StrType)
+        converted = self.convert(value, source, strict=is_text)
+        if converted is None:
+            raise UsageError(f"{source}: {value!r} is not {self.allowed()}")
+        return converted
 
     def convert(self, value: Any, source: str, *, strict: bool) -> Any:
         """Check a value against the option's type. Raises UsageError saying what is allowed."""
-        if self.key == "dtype":
+        if self.key == "dtype" and isinstance(value, str):
             value = DTYPES.get(value, value)
         try:
             value = msgspec.convert(value, self.type, strict=strict)
