@@ -1,0 +1,87 @@
+"""Tensors of a GGUF file, dequantized to float32 one at a time, under their Hugging Face names."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+from lightllm import ModelInfo, UserError
+from torch import Tensor
+
+from lightllm_builtin.gguf.checkpoint import the_file
+from lightllm_builtin.gguf.header import TensorInfo, read_header
+
+NOT_WEIGHTS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+"""Read with the metadata, where the model's config has them."""
+
+
+class GGUFWeights:
+    """`lightllm.WeightFormat`."""
+
+    def __init__(self, path: Path, info: ModelInfo) -> None:
+        self.file = the_file(path)
+        self.header = read_header(self.file)
+        self.info = info
+
+    def nbytes(self) -> int:
+        # as they are handed out: the progress bar counts what it is given
+        return sum(4 * int(np.prod(t.shape)) for t in self.header.tensors if t.name not in NOT_WEIGHTS)
+
+    def tensors(self, expected: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        names = self._names(expected)
+        data = np.memmap(self.file, mode="r")
+        for tensor in self.header.tensors:
+            if tensor.name in NOT_WEIGHTS:
+                continue
+            values = read_tensor(data, tensor)
+            if self.header.metadata["general.architecture"] == "llama":
+                values = self._halves(tensor.name, values)
+            yield names.get(tensor.name, tensor.name), values
+
+    def _names(self, expected: Collection[str]) -> dict[str, str]:
+        """GGUF name -> Hugging Face name, for every name the model expects."""
+        name = self.header.metadata["general.architecture"]
+        architecture = next((arch for arch, text in MODEL_ARCH_NAMES.items() if text == name), None)
+        if architecture is None:
+            return {}
+        table = get_tensor_name_map(architecture, self.header.metadata[f"{name}.block_count"])
+        names = {}
+        for wanted in expected:
+            found = table.get_name(wanted, try_suffixes=(".weight", ".bias"))
+            if found is not None:
+                names[found] = wanted
+        return names
+
+    def _halves(self, name: str, values: Tensor) -> Tensor:
+        """llama.cpp interleaves the two halves of each rotary head of Llama's q and k; put them back."""
+        if ".attn_q." in name:
+            heads = self.info.config["num_attention_heads"]
+        elif ".attn_k." in name:
+            heads = self.info.config["num_key_value_heads"]
+        else:
+            return values
+        return values.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(values.shape)
+
+
+def read_tensor(data: np.ndarray, tensor: TensorInfo) -> Tensor:
+    """One tensor of the mapped file ``data``, as float32."""
+    raw = data[tensor.offset : tensor.offset + tensor.nbytes]
+    if tensor.type == GGMLQuantizationType.BF16:
+        return torch.from_numpy(raw.copy()).view(torch.bfloat16).float().view(tensor.shape)
+    block, size = GGML_QUANT_SIZES[tensor.type]
+    rows = raw.reshape(*tensor.shape[:-1], tensor.shape[-1] // block * size)
+    try:
+        if tensor.type == GGMLQuantizationType.F32:
+            values = raw.view(np.float32).reshape(tensor.shape).copy()
+        elif tensor.type == GGMLQuantizationType.F16:
+            values = raw.view(np.float16).reshape(tensor.shape).astype(np.float32)
+        else:
+            values = dequantize(rows, tensor.type)
+    except NotImplementedError:
+        raise UserError(f"tensor {tensor.name} is quantized as {tensor.type.name}, which cannot be read here") from None
+    return torch.from_numpy(values)
