@@ -85,7 +85,7 @@ def run_engine(argv: list[str]) -> int:
     configure_logging(start.config)
 
     def build(report: Callable[[Loading], None]) -> Engine:
-        return build_engine(start.config, Plugins.discover(start.recipe), Path(start.path), report)
+        return build_engine(start.config, Plugins.discover(start.recipe, quiet=True), Path(start.path), report)
 
     return process.run(directory, build)
 
