@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
@@ -23,13 +25,23 @@ class KVPool:
         self, layers: Sequence[AttentionSpec], slots: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
         self.slots = slots
-        # Zeros, not empty: masked-out garbage could be NaN, and 0 * NaN is NaN. calloc makes them free on the CPU.
-        self.k = [torch.zeros(slots + 1, s.kv_heads, s.head_dim, dtype=dtype, device=device) for s in layers]
-        self.v = [torch.zeros(slots + 1, s.kv_heads, s.head_dim, dtype=dtype, device=device) for s in layers]
+        self.k = [_zeros((slots + 1, s.kv_heads, s.head_dim), dtype, torch.device(device)) for s in layers]
+        self.v = [_zeros((slots + 1, s.kv_heads, s.head_dim), dtype, torch.device(device)) for s in layers]
 
     @staticmethod
     def bytes_per_token(layers: Sequence[AttentionSpec], dtype: torch.dtype) -> int:
         return sum(2 * s.kv_heads * s.head_dim for s in layers) * dtype.itemsize
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros, not empty: masked-out garbage could be NaN, and 0 * NaN is NaN.
+
+    On a CPU from numpy, whose zeros are pages the system gives when they are first written; torch writes them all.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    flat = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
+    return torch.from_numpy(flat).view(dtype).view(shape)
 
 
 @dataclass
