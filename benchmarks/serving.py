@@ -4,8 +4,8 @@
     python benchmarks/serving.py --model DIR --peer '/path/to/venv/bin/vllm serve DIR --dtype float32 --port {port} ...'
 
 Each server is started once (its time to the first healthy answer is taken), then they are measured in turn at each
-concurrency, ``--rounds`` times over, so that a drifting machine hits all of them. Every prompt is different; answers are
-greedy and run to their full length.
+concurrency, ``--rounds`` times over, so that a drifting machine hits all of them. Every prompt is different; answers
+are greedy and run to their full length.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ import httpx
 import psutil
 
 
-
 @dataclass
 class Server:
     name: str
@@ -43,7 +42,11 @@ class Server:
         """Seconds until it answers a completion of one token."""
         began = time.perf_counter()
         self.process = subprocess.Popen(
-            self.command, stdout=log.open("wb"), stderr=subprocess.STDOUT, env=os.environ | self.env, start_new_session=True
+            self.command,
+            stdout=log.open("wb"),
+            stderr=subprocess.STDOUT,
+            env=os.environ | self.env,
+            start_new_session=True,
         )
         url = f"http://127.0.0.1:{self.port}"
         with httpx.Client(timeout=60) as http:
@@ -168,7 +171,7 @@ def main() -> None:
             write(f"{server.name}: first answer after {seconds:.1f} s\n")
         for server in servers:  # one request each to warm up
             asyncio.run(measure(server, 1, options.prompt, 8, 1))
-        write("| concurrency | server | output tok/s | median TTFT s | median TPOT ms |\n| --- | --- | --- | --- | --- |\n")
+        write("| concurrency | server | output tok/s | median TTFT s | median TPOT ms |\n" + 5 * "| --- " + "|\n")
         for concurrency in options.concurrency:
             results: dict[str, list[Result]] = {server.name: [] for server in servers}
             for _ in range(options.rounds):
@@ -186,7 +189,9 @@ def main() -> None:
                 write(f"| {concurrency} | {name} | {speed:.1f} | {ttft:.3f} | {1000 * tpot:.1f} |\n")
             if len(servers) == 2:
                 a, b = (middle[server.name] for server in servers)
-                write(f"| {concurrency} | times the peer | {a[0] / b[0]:.2f} | {b[1] / a[1]:.2f} | {b[2] / a[2]:.2f} |\n")
+                write(
+                    f"| {concurrency} | times the peer | {a[0] / b[0]:.2f} | {b[1] / a[1]:.2f} | {b[2] / a[2]:.2f} |\n"
+                )
             sys.stdout.flush()
         for server in servers:
             for name, megabytes in server.memory().items():

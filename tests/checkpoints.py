@@ -37,7 +37,11 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}, {}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}, {}),
     "llama-eos-list": ("llama", {"eos_token_id": [2, 7]}, {}),
-    "llama-theta": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rms_norm_eps": 1e-5}, {}),
+    "llama-theta": (
+        "llama",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rms_norm_eps": 1e-5},
+        {},
+    ),
     "llama-linear": ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e4}}, {}),
     "llama-llama3": ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}}, {}),
     "llama-yarn": ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, **YARN}}, {}),

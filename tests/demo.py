@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from lightllm.assemble import open_checkpoint
 from lightllm.config import Config
 from lightllm.plugins import Plugins
-from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 NAMES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2"}
 

@@ -22,14 +22,17 @@ class RealServer:
     """``with RealServer("--model", ...) as server``: up and healthy inside, gone with all its children after."""
 
     def __init__(
-        self, *arguments: str, command: Sequence[str] = (sys.executable, "-m", "lightllm"), env: dict[str, str] | None = None
+        self,
+        *arguments: str,
+        command: Sequence[str] = (sys.executable, "-m", "lightllm"),
+        env: dict[str, str] | None = None,
     ) -> None:
         self.command = [*command, *arguments]
         if not any(a.startswith("--port") for a in arguments):
             self.command += ["--port", "0"]
         self.env = os.environ | (env or {})
         self.url = ""
-        self._log = tempfile.NamedTemporaryFile(prefix="lightllm-test-", suffix=".log")
+        self._log = tempfile.NamedTemporaryFile(prefix="lightllm-test-", suffix=".log")  # noqa: SIM115 - stop() closes it
         self.process: subprocess.Popen[bytes] | None = None
 
     @property

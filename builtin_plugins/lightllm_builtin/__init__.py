@@ -1,1 +1,1 @@
-"""The plugins that come with lightllm-serve. Each subpackage is one plugin: its __init__ declares, siblings do the work."""
+"""The plugins that come with lightllm-serve, one per subpackage: its __init__ declares, its siblings do the work."""

@@ -6,10 +6,9 @@ The only module that knows everyone. Heavy imports stay inside the functions of 
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
     from lightllm.engine.engine import Engine
     from lightllm.engine.request import Loading
-    from lightllm.nn.batch import KVPool
 
 log = logging.getLogger("lightllm")
 
@@ -119,7 +117,9 @@ def build_engine(
         model = plugins.load(record)(info, make)
         parameters = sum(p.numel() for p in model.parameters())
         source = plugins.load(format_record)(path, info)
-        load_weights(model, source, lambda done, total: report(Loading(stage="loading weights", done=done, total=total)))
+        load_weights(
+            model, source, lambda done, total: report(Loading(stage="loading weights", done=done, total=total))
+        )
     model.eval()
 
     max_model_len = _max_model_len(config, info)
@@ -160,9 +160,7 @@ def build_engine(
         f"KV cache: {slots:,} tokens ({pool_bytes / 2**30:.2f} GiB), "
         f"{slots / max_model_len:.1f} requests of the full {max_model_len:,} tokens",
     ]
-    ready = Ready(
-        max_model_len=max_model_len, total_slots=slots, vocab_size=info.config["vocab_size"], summary=summary
-    )
+    ready = Ready(max_model_len=max_model_len, total_slots=slots, vocab_size=info.config["vocab_size"], summary=summary)
     return Engine(scheduler, runner, ready)
 
 
@@ -171,7 +169,9 @@ def _model_for(plugins: Plugins, info: ModelInfo) -> Provided:
     if len(serving) == 1:
         return serving[0]
     if serving:
-        raise UserError(f"several plugins serve {info.architecture}: {', '.join(p.label for p in serving)}; use --no-plugin")
+        raise UserError(
+            f"several plugins serve {info.architecture}: {', '.join(p.label for p in serving)}; use --no-plugin"
+        )
     known = sorted({a for p in plugins.records("models") for a in p.record.architectures})
     raise UserError(
         f"{info.path}: no model plugin serves the architecture {info.architecture!r}. Served: {', '.join(known)}."
@@ -191,8 +191,9 @@ def _device(config: Config) -> torch.device:
 def _dtype(config: Config, info: ModelInfo, device: torch.device) -> torch.dtype:
     import torch
 
-    if config.dtype != "auto":
-        name = config.dtype
+    name: str = config.dtype
+    if name != "auto":
+        pass
     elif device.type == "cpu":
         name = "float32"
     else:
@@ -275,7 +276,6 @@ def _best(plugins: Plugins, kind: str, name: str) -> Provided:
 
 def serve(config: Config, plugins: Plugins) -> int:
     """Resolve the model, start the engine, serve until told to stop."""
-    from lightllm.server.run import run_server
 
     raise NotImplementedError
 

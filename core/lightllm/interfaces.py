@@ -82,7 +82,7 @@ class AttentionJob(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """``name`` is what users type; ``target`` is ``"module:attr"``; ``summary`` is shown by `lightllm-serve plugins`."""
+    """``name`` is what users type, ``target`` a ``"module:attr"``, ``summary`` a line for `lightllm-serve plugins`."""
 
     name: str
     target: str
@@ -192,13 +192,13 @@ class SamplingRow(Protocol):
     """One sequence about to get a token, as samplers and logits processors see it. Not to be modified."""
 
     params: SamplingParams
-    prompt: Sequence[int]
-    output: Sequence[int]
+    prompt: list[int]
+    output: list[int]
     index: int
     """Which of the request's ``n`` choices this is."""
     seed: int
     """The request's seed, or one drawn for it. The same (seed, index, len(output)) must give the same draw."""
-    stop_ids: Sequence[int]
+    stop_ids: tuple[int, ...]
     """Ids that end this sequence: the model's eos (unless ignore_eos) and the request's stop_token_ids."""
 
 

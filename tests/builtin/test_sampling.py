@@ -10,8 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightllm.engine.request import SamplingParams
-from lightllm_builtin.sampling.sampler import StandardSampler, uniform
 from transformers import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -19,6 +17,9 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+
+from lightllm.engine.request import SamplingParams
+from lightllm_builtin.sampling.sampler import StandardSampler, uniform
 
 VOCABULARY = 500
 
@@ -154,4 +155,4 @@ def test_seeds_choices_and_positions_draw_independently() -> None:
     draws = {uniform(s, c, p) for s in range(20) for c in range(20) for p in range(20)}
     assert len(draws) == 8000
     assert abs(sum(draws) / 8000 - 0.5) < 0.02
-    assert 0 <= min(draws) and max(draws) < 1
+    assert min(draws) >= 0 and max(draws) < 1

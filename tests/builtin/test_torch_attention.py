@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lightllm import AttentionJob, AttentionSpec
 from lightllm.nn.batch import Batch, KVPool
 from lightllm_builtin.torch_attention.backend import TorchAttention

@@ -38,9 +38,7 @@ def test_the_capital_of_france_is_paris_whole_and_streamed(demo: RealServer) -> 
     whole = answer(demo)
     assert "Paris" in whole
     with client(demo) as api:
-        stream = api.chat.completions.create(
-            model="demo", messages=QUESTION, temperature=0, max_tokens=40, stream=True
-        )
+        stream = api.chat.completions.create(model="demo", messages=QUESTION, temperature=0, max_tokens=40, stream=True)
         assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == whole
 
 

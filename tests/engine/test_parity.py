@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import CASES, write_checkpoint
+from transformers import DynamicCache
+
 from lightllm.assemble import build_engine
 from lightllm.config import Config
 from lightllm.engine.engine import Engine
 from lightllm.engine.request import Generate, Output, SamplingParams
 from lightllm.plugins import Plugins
-from transformers import DynamicCache
 
 TOLERANCE = 1e-3
 LONGEST = 120
@@ -28,7 +29,9 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 def engine(folder: Path, **settings: Any) -> Engine:
-    return build_engine(Config(dtype="float32", device="cpu", **{"max_total_tokens": 4096} | settings), Plugins.discover(), folder)
+    return build_engine(
+        Config(dtype="float32", device="cpu", **{"max_total_tokens": 4096} | settings), Plugins.discover(), folder
+    )
 
 
 def reference(model: Any, tokens: list[int]) -> torch.Tensor:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lightllm import ModelInfo, UserError
 from tokenizers import Tokenizer
 
+from lightllm import ModelInfo, UserError
 from lightllm_builtin.gguf.header import Header, read_header
 from lightllm_builtin.gguf.vocabulary import build_tokenizer
 
@@ -69,7 +69,9 @@ class GGUFCheckpoint:
         if "rope_freqs.weight" in shapes:
             config["rope_freq_factors"] = self._rope_factors()
         tokens = metadata.get("tokenizer.ggml.tokens", [])
-        eos = [metadata[key] for key in (f"tokenizer.ggml.{n}_token_id" for n in ("eos", "eot", "eom")) if key in metadata]
+        eos = [
+            metadata[key] for key in (f"tokenizer.ggml.{n}_token_id" for n in ("eos", "eot", "eom")) if key in metadata
+        ]
         config["eos_token_id"] = list(dict.fromkeys(eos)) or None
         config["bos_token_id"] = metadata.get("tokenizer.ggml.bos_token_id")
 

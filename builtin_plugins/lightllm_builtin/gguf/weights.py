@@ -10,9 +10,9 @@ import torch
 from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
-from lightllm import ModelInfo, UserError
 from torch import Tensor
 
+from lightllm import ModelInfo, UserError
 from lightllm_builtin.gguf.checkpoint import the_file
 from lightllm_builtin.gguf.header import TensorInfo, read_header
 

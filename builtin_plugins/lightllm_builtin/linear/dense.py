@@ -1,12 +1,14 @@
-"""Weights in the model's dtype. On a CPU they are packed once for oneDNN, which `F.linear` would redo at every call:
-measured on a 2-core EPYC with AVX-512, SmolLM2's layers in float32: 13 against 26 ms at 1 row, 124 against 320 at 256."""
+"""Weights in the model's dtype. On a CPU they are packed once for oneDNN, which `F.linear` would redo at every call.
+Measured on 2 cores of an EPYC with AVX-512, all of SmolLM2's layers in float32: 13 against 26 ms at 1 row, 124 against
+320 ms at 256 rows."""
 
 from __future__ import annotations
 
 import torch
-from lightllm.nn.layers import Linear
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lightllm.nn.layers import Linear
 
 
 class Dense:
@@ -28,7 +30,7 @@ class Dense:
 
     def apply(self, layer: Linear, x: Tensor) -> Tensor:
         if self.packed is None:
-            return F.linear(x, layer.weight, layer.bias)
+            return F.linear(x, layer.get_parameter("weight"), layer.bias)
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, layer.bias, "none", [], "")
         return y
 

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from lightllm import ModelInfo, UserError
 from lightllm.nn.batch import Batch
 from lightllm.nn.layers import Make
 from lightllm.nn.rope import rotate
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 @dataclass(frozen=True)

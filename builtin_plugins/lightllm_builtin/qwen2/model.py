@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lightllm import ModelInfo
-
 from lightllm_builtin.llama.model import Llama, Shape
 
 

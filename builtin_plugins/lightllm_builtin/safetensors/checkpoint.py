@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lightllm import ModelInfo, UserError
 from tokenizers import Tokenizer
+
+from lightllm import ModelInfo, UserError
 
 
 class FolderCheckpoint:
@@ -20,7 +21,7 @@ class FolderCheckpoint:
         config = self._json("config.json")
         architectures = config.get("architectures") or []
         if not architectures:
-            raise UserError(f"{self.path / 'config.json'} names no architecture (its \"architectures\" is empty)")
+            raise UserError(f'{self.path / "config.json"} names no architecture (its "architectures" is empty)')
         tokenizer = self._json("tokenizer_config.json", optional=True)
         return ModelInfo(
             path=str(self.path),

@@ -6,9 +6,10 @@ import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from lightllm import ModelInfo, UserError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from lightllm import ModelInfo, UserError
 
 
 class SafetensorsWeights:
@@ -42,5 +43,7 @@ def _files(path: Path) -> list[Path]:
         raise UserError(f"{index} cannot be read: {error!r}") from error
     absent = [name for name in names if not (path / name).is_file()]
     if absent:
-        raise UserError(f"{path} lacks {len(absent)} of the {len(names)} shards its index names: {', '.join(absent[:5])}")
+        raise UserError(
+            f"{path} lacks {len(absent)} of the {len(names)} shards its index names: {', '.join(absent[:5])}"
+        )
     return [path / name for name in names]

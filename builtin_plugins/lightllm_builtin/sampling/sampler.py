@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from lightllm import SamplingRow
 from torch import Tensor
+
+from lightllm import SamplingRow
 
 GREEDY = 1e-5
 """Temperatures below this mean: the likeliest token."""
@@ -112,7 +113,7 @@ def uniform(seed: int, choice: int, position: int) -> float:
 
 
 def _penalize(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
-    """Presence and frequency over the answer (OpenAI), repetition over prompt and answer (CTRL, Keskar et al., 2019)."""
+    """Presence and frequency over the answer (OpenAI), repetition over all of it (CTRL, Keskar et al., 2019)."""
     additive = [i for i, r in enumerate(rows) if r.params.presence_penalty or r.params.frequency_penalty]
     if additive:
         counts = _counts([rows[i].output for i in additive], logits)
@@ -131,7 +132,9 @@ def _counts(sequences: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
     """How often each token occurs: [sequences, vocabulary] float32."""
     width = logits.shape[-1]
     flat = [row * width + token for row, tokens in enumerate(sequences) for token in tokens]
-    counts = torch.bincount(torch.tensor(flat, dtype=torch.int64, device=logits.device), minlength=len(sequences) * width)
+    counts = torch.bincount(
+        torch.tensor(flat, dtype=torch.int64, device=logits.device), minlength=len(sequences) * width
+    )
     return counts.view(len(sequences), width).to(torch.float32)
 
 

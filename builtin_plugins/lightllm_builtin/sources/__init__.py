@@ -20,7 +20,7 @@ def lightllm_resolve_model(name: str, revision: str | None, config: Config) -> P
         from lightllm_builtin.sources.demo import demo_model
 
         return demo_model()
-    if name.startswith(("/", "./", "../", "~")) or name.endswith(".gguf") and name.count("/") != 2:
+    if name.startswith(("/", "./", "../", "~")) or (name.endswith(".gguf") and name.count("/") != 2):
         raise UserError(f"--model {name}: there is no such file or folder")
     if "/" in name:
         from lightllm_builtin.sources.hub import hub_model

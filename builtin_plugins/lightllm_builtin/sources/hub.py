@@ -14,6 +14,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+
 from lightllm import UserError
 
 PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.tiktoken", "merges.txt", "vocab.txt"]
@@ -37,7 +38,9 @@ def hub_model(name: str, revision: str | None) -> Path:
     except RepositoryNotFoundError:
         raise _error(name, "there is no such repository, or it is private (`hf auth login`)") from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):
-        raise _error(name, "it is not in the local cache, and the hub cannot be reached or HF_HUB_OFFLINE is set") from None
+        raise _error(
+            name, "it is not in the local cache, and the hub cannot be reached or HF_HUB_OFFLINE is set"
+        ) from None
     except EntryNotFoundError:
         raise _error(name, f"it has no file {file[0] if file else variant!r}") from None
     except HFValidationError as problem:
@@ -58,7 +61,7 @@ def _gguf(repo: str, variant: str, revision: str | None) -> str:
     if len(found) != 1:
         choice = ", ".join((found or files)[:8]) or "none"
         raise _error(f"{repo}:{variant}", f"{len(found)} .gguf files match; there are: {choice}")
-    return found[0]
+    return str(found[0])
 
 
 def _error(name: str, problem: str) -> UserError:

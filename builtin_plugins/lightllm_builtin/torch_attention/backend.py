@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from lightllm import AttentionJob, AttentionSpec
-from lightllm.nn.batch import Batch, KVPool
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from lightllm import AttentionJob, AttentionSpec
+from lightllm.nn.batch import Batch, KVPool
 
 Buffers = dict[tuple[int, ...], tuple[Tensor, Tensor]]
-"""Shape -> memory for gathered keys and values, which all layers of a step share: fresh pages cost more than the copy."""
+"""Shape -> memory for gathered keys and values, shared by all layers of a step: fresh pages cost more than the copy."""
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Prompt:
 
 @dataclass
 class Decodes:
-    """``count`` single tokens at ``rows`` of the step with slots ``keys`` [rows * longest] (or one contiguous slice)."""
+    """``count`` single tokens at ``rows`` of the step; their slots are ``keys`` [rows * longest], or one slice."""
 
     count: int
     rows: Tensor | slice
@@ -91,10 +91,8 @@ class TorchAttention:
         return plan
 
     def _prompt(self, start: int, new: int, context: int, table: Tensor, window: int | None) -> Prompt:
-        if window is None or context <= window:
-            first = 0
-        else:
-            first = max(0, context - new - window + 1)  # the oldest key any of the new tokens can see
+        # the oldest key any of the new tokens can see
+        first = 0 if window is None else max(0, context - new - window + 1)
         keys, mask = _run(table[first:]), None
         if context > new or (window is not None and window < context):
             query = torch.arange(context - new, context, device=self.device)[:, None]

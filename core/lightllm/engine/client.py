@@ -204,7 +204,7 @@ class EngineClient:
 
     async def _read(self, reports: zmq.asyncio.Socket) -> Fatal:
         """Route reports until the engine says it cannot go on."""
-        decoder = msgspec.msgpack.Decoder(Report)
+        decoder: msgspec.msgpack.Decoder[Report] = msgspec.msgpack.Decoder(Report)
         while True:
             report = decoder.decode(await reports.recv())
             if isinstance(report, Step):
@@ -218,7 +218,7 @@ class EngineClient:
             elif isinstance(report, Ready):
                 self._on_loading(None)
                 self.ready = report
-            else:
+            elif isinstance(report, Fatal):
                 return report
 
     async def stop(self) -> None:

@@ -11,7 +11,6 @@ import heapq
 import itertools
 from collections.abc import Iterator, Sequence
 
-
 EVICT_AHEAD = 256
 """Slots evicted beyond what is needed: one by one, they would come from everywhere, and runs would be short."""
 

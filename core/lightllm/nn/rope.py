@@ -24,7 +24,7 @@ def rope_parameters(info: ModelInfo) -> dict[str, Any]:
 
 
 def context_length(info: ModelInfo) -> int | None:
-    """Tokens the positions reach: what the model was trained on, stretched by scaling types that do not count that in."""
+    """Tokens the positions reach: those of training, stretched by the scaling types that do not count that in."""
     trained = info.get("max_position_embeddings")
     p = rope_parameters(info)
     if trained is None or p["rope_type"] not in ("linear", "dynamic", "yarn"):
@@ -39,6 +39,7 @@ class Rope(nn.Module):
     batch, nor on how its prompt was cut into chunks."""
 
     frequencies: Tensor
+    exponents: Tensor
 
     def __init__(self, info: ModelInfo, head_dim: int, device: torch.device, **overrides: Any) -> None:
         super().__init__()
@@ -64,9 +65,9 @@ class Rope(nn.Module):
             # Dynamic NTK (bloc97, 2023): the base grows with the length. Position p is rotated with the base for length
             # p + 1, as when it was generated: a base for the whole prompt would invalidate cached keys.
             length = torch.clamp(index + 1, min=self.trained)
-            dim = 2 * self.exponents.shape[0]  # type: ignore[union-attr, operator]
+            dim = 2 * self.exponents.shape[0]
             base = self.theta * (self.factor * length / self.trained - (self.factor - 1)) ** (dim / (dim - 2))
-            angles = index * base**-self.exponents  # type: ignore[operator]
+            angles = index * base**-self.exponents
         cos, sin = angles.cos() * self.magnitude, angles.sin() * self.magnitude
         return cos.to(dtype).unsqueeze(1), sin.to(dtype).unsqueeze(1)
 
