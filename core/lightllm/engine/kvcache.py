@@ -3,6 +3,9 @@
 A slot holds the key and value of one token. It is free, or owned by one live `Lease`, or by the tree: finished and
 published beginnings stay there until the room is needed, the least recently used leaves going first (as LightLLM's
 TokenAttention and SGLang's RadixAttention do it). Pure Python; knows no tensor and no request.
+
+What always holds, and `KVCache.check` asserts: every slot has one owner; a lease's shared slots are those of its path
+in the tree, and no node of a path is evicted; no two children of a node begin alike.
 """
 
 from __future__ import annotations
@@ -11,8 +14,10 @@ import heapq
 import itertools
 from collections.abc import Iterator, Sequence
 
-EVICT_AHEAD = 256
-"""Slots evicted beyond what is needed: one by one, they would come from everywhere, and runs would be short."""
+from lightllm.engine.slots import FreeRuns
+
+EVICT_AHEAD = 32
+"""Slots evicted per live lease beyond what is needed: evicted one by one, they would lie scattered."""
 
 
 class Node:
@@ -33,14 +38,18 @@ class Node:
 
 
 class Lease:
-    """One sequence's slots, by position. The first ``shared`` belong to the tree, up to ``node``; it owns the rest."""
+    """One sequence's slots, by position. The first ``shared`` belong to the tree, up to ``node``; it owns the rest.
 
-    __slots__ = ("node", "shared", "slots")
+    From ``room`` to ``room_end`` are free slots set aside for it to grow into, while there is room elsewhere.
+    """
+
+    __slots__ = ("node", "room", "room_end", "shared", "slots")
 
     def __init__(self, node: Node, slots: list[int]) -> None:
         self.node = node
         self.slots = slots
         self.shared = len(slots)
+        self.room = self.room_end = 0
 
 
 class KVCache:
@@ -57,9 +66,10 @@ class KVCache:
         self._leaves: list[tuple[int, int, Node]] = []  # a heap; entries of nodes that changed since are skipped
         self._leaves_limit = 1024
         self._order = itertools.count()
-        self.free = slots  # slots nobody owns
-        self._taken = bytearray(slots)  # 1: owned by a lease or the tree
-        self._next = 0  # where the next sequence looks for room first
+        self.free = slots  # slots nobody owns: in runs, or set aside
+        self._runs = FreeRuns(slots)
+        self._rooms: dict[Lease, None] = {}  # leases with slots set aside; first the one next to give some up
+        self._live = 0  # leases
 
     @property
     def available(self) -> int:
@@ -68,6 +78,7 @@ class KVCache:
 
     def acquire(self, tokens: Sequence[int], limit: int | None = None) -> Lease:
         """A lease on the longest published beginning of ``tokens``, at most ``limit`` of them."""
+        self._live += 1
         if not self.prefix_cache:
             return self._lock(Lease(self._root, []))
         wanted = list(tokens[:limit])
@@ -80,36 +91,47 @@ class KVCache:
         """Give the lease ``count`` more slots of its own; False, and nothing done, when they cannot be had.
 
         They follow its last one, or each other, where there is room: attention reads a run without copying it.
-        ``ahead``: how many more the sequence may come to need; later ones are not put there as long as there is
-        room elsewhere.
+        ``ahead``: how many more the sequence may come to need; they are set aside for it as long as there is room
+        elsewhere.
         """
         if count > self.available:
             return False
         if count > self.free:
             self._evict(count - self.free)
+        self.free -= count
         while count:
-            start, size = self._run(lease.slots, count, ahead)
-            self._taken[start : start + size] = b"\1" * size
-            self.free -= size
-            lease.slots += range(start, start + size)
-            count -= size
+            if lease.room == lease.room_end:
+                self._set_aside(lease, count, ahead)
+            end = min(lease.room + count, lease.room_end)
+            count -= end - lease.room
+            lease.slots += range(lease.room, end)
+            lease.room = end
+            if end == lease.room_end:
+                del self._rooms[lease]
         return True
 
-    def _run(self, slots: list[int], count: int, ahead: int) -> tuple[int, int]:
-        """Where to put at most ``count`` tokens after ``slots``: (first slot, how many). At least one is free."""
-        taken = self._taken
-        start = slots[-1] + 1 if slots else self.slots
-        if start == self.slots or taken[start]:  # not just after: somewhere with room, or else wherever
-            for size in (count + ahead, count):
-                hole = bytes(size)
-                start = taken.find(hole, self._next)
-                start = taken.find(hole) if start < 0 else start
-                if start >= 0:
-                    self._next = start + size
-                    return start, count
-            start = taken.find(0)
-        end = taken.find(1, start, start + count)
-        return start, (min(start + count, self.slots) if end < 0 else end) - start
+    def _set_aside(self, lease: Lease, count: int, ahead: int) -> None:
+        """Room for the lease, whose old one is used up: just after its last slot, else where all of it fits, else as
+        much as there is in one place, else what another has: half of it, lest two take turns slot by slot."""
+        after = lease.slots[-1] + 1 if lease.slots else -1
+        start: int | None = after
+        if after not in self._runs:
+            start = self._runs.find(count + ahead)
+            if start is None:
+                start = self._runs.find(count)
+            if start is None:
+                start = self._runs.largest()
+        if start is not None:
+            lease.room, lease.room_end = start, self._runs.take(start, count + ahead)
+        else:
+            other = next(iter(self._rooms))
+            del self._rooms[other]
+            size = other.room_end - other.room
+            lease.room_end = other.room_end
+            lease.room = other.room_end = other.room if size <= count else other.room + size // 2
+            if other.room < other.room_end:
+                self._rooms[other] = None
+        self._rooms[lease] = None
 
     def commit(self, lease: Lease, tokens: Sequence[int]) -> None:
         """Publish: ``tokens``, whose keys and values the lease's first slots hold, may be shared from now on.
@@ -138,8 +160,16 @@ class KVCache:
         """Give everything back, publishing ``tokens`` first. The lease must not be used again."""
         self.commit(lease, tokens)
         self._give_back(lease.slots[lease.shared :])
-        lease.slots = lease.slots[:0]
+        if lease in self._rooms:
+            del self._rooms[lease]
+            self._runs.put(lease.room, lease.room_end)
+        lease.slots = []
+        self._live -= 1
         self._unlock(lease.node)
+
+    def reset(self) -> None:
+        """Forget all that is cached and held by no lease."""
+        self._evict(self.evictable)
 
     # --- the tree
 
@@ -197,7 +227,8 @@ class KVCache:
 
     def _evict(self, count: int) -> None:
         """Free ``count`` cached slots that nobody holds, and some ahead. The caller knows there are as many."""
-        count = min(count + EVICT_AHEAD, self.evictable)
+        # Not much of a small pool, where what is cached is worth more than long runs.
+        count = min(count + min(EVICT_AHEAD * self._live, self.slots // 32), self.evictable)
         while count > 0:
             entry = heapq.heappop(self._leaves)
             if not _current(entry):
@@ -221,16 +252,23 @@ class KVCache:
             self._offer(parent)
 
     def _give_back(self, slots: list[int]) -> None:
-        for slot in slots:
-            self._taken[slot] = 0
         self.free += len(slots)
+        at = 0
+        while at < len(slots):
+            start, size = slots[at], _run(slots, at)
+            self._runs.put(start, start + size)
+            at += size
 
     # --- for tests
 
     def check(self, leases: Sequence[Lease]) -> None:
         """Raise AssertionError unless every slot has one owner and every count is right."""
-        owned = [slot for slot, taken in enumerate(self._taken) if not taken]
+        owned = self._runs.check()
+        for lease in self._rooms:
+            assert lease in leases and lease.room < lease.room_end
+            owned += range(lease.room, lease.room_end)
         assert len(owned) == self.free
+        assert len(leases) == self._live
         refs: dict[int, int] = {}
         for lease in leases:
             owned += lease.slots[lease.shared :]
@@ -277,3 +315,15 @@ def _common(edge: list[int], tokens: list[int], at: int) -> int:
         else:
             high = middle
     return low
+
+
+def _run(slots: list[int], at: int) -> int:
+    """How many of ``slots[at:]`` follow each other, from the first on."""
+    start, size, most = slots[at], 1, len(slots) - at
+    while size < most:
+        more = list(range(start + size, start + min(2 * size, most)))
+        same = _common(more, slots, at + size)
+        size += same
+        if same < len(more):
+            break
+    return size
