@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lightllm.engine.kvcache import KVCache, Lease, Node
 from lightllm.engine.slots import FreeRuns
 
@@ -221,6 +223,17 @@ def test_what_was_used_longest_ago_is_evicted_first() -> None:
     assert cached(cache, [1] * 10) == 0
 
 
+def test_letting_go_of_a_beginning_is_a_use_of_it() -> None:
+    cache = KVCache(20)
+    publish(cache, [1] * 10)
+    holder = cache.acquire([1] * 10)
+    publish(cache, [2] * 10)
+    cache.release(holder)
+    lease = cache.acquire([])
+    cache.extend(lease, 10)
+    assert (cached(cache, [1] * 10), cached(cache, [2] * 10)) == (10, 0)
+
+
 def test_a_leaf_is_evicted_from_its_end_and_before_what_it_follows() -> None:
     cache = KVCache(30)
     publish(cache, range(10))
@@ -264,7 +277,7 @@ def test_reset_forgets_what_nobody_holds() -> None:
 
 
 def runs(slots: list[int]) -> int:
-    return sum(b != a + 1 for a, b in zip(slots, slots[1:], strict=False)) + 1
+    return sum(b != a + 1 for a, b in itertools.pairwise(slots)) + 1
 
 
 def test_sequences_that_grow_by_turns_stay_in_runs() -> None:
@@ -276,6 +289,31 @@ def test_sequences_that_grow_by_turns_stay_in_runs() -> None:
         for lease in leases:
             cache.extend(lease, 1, 256)
     assert [runs(lease.slots) for lease in leases] == [1] * 20
+
+
+def test_a_sequence_goes_on_where_it_stopped_if_there_is_room() -> None:
+    cache = KVCache(100)
+    hole, wall, lease = (cache.acquire([]) for _ in range(3))
+    for one in (hole, wall, lease):
+        cache.extend(one, 10)
+    cache.release(hole)
+    cache.extend(lease, 10)
+    assert runs(lease.slots) == 1
+    cache.check([wall, lease])
+
+
+def test_a_sequence_that_will_grow_starts_where_it_can() -> None:
+    cache = KVCache(100)
+    hole, wall = cache.acquire([]), cache.acquire([])
+    cache.extend(hole, 10)
+    cache.extend(wall, 10)
+    cache.release(hole)
+    short, growing = cache.acquire([]), cache.acquire([])
+    cache.extend(growing, 10, 20)
+    cache.extend(short, 10)
+    assert growing.slots[0] == 20
+    assert short.slots[0] == 0
+    cache.check([wall, short, growing])
 
 
 def test_slots_set_aside_are_given_up_before_anything_cached() -> None:
@@ -312,6 +350,18 @@ def test_the_least_recently_used_are_found_again_after_many_uses() -> None:
     assert cached(cache, [2] * 10) == 10
     cache.extend(lease, 10)
     cache.check([lease])
+
+
+def test_thousands_of_leaves_are_evicted_in_order() -> None:
+    cache = KVCache(3000)
+    for token in range(3000):
+        publish(cache, [token])
+    lease = cache.acquire([])
+    for count in range(1, 4):
+        cache.extend(lease, 1000)
+        held = {first for (first,) in published(cache)}
+        assert held == set(range(min(held, default=3000), 3000))
+        assert len(held) <= 3000 - 1000 * count
 
 
 # --- free runs

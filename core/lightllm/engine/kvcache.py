@@ -23,7 +23,8 @@ EVICT_AHEAD = 32
 class Node:
     """An edge of the tree and what follows it: ``tokens`` after its parent's, with their slots.
 
-    ``refs``: leases that hold this node or one below it; 0 means its slots may be evicted.
+    ``refs``: leases that hold this node or one below it; 0 means its slots may be evicted. ``used``: when one last
+    let go of it.
     """
 
     __slots__ = ("children", "parent", "refs", "slots", "tokens", "used")
@@ -195,13 +196,11 @@ class KVCache:
         return upper
 
     def _lock(self, lease: Lease) -> Lease:
-        now = next(self._clock)
         node: Node | None = lease.node
         while node is not None:
             if node.refs == 0:
                 self.evictable -= len(node.slots)
             node.refs += 1
-            node.used = now
             node = node.parent
         return lease
 

@@ -39,6 +39,7 @@ class Seq:
         self.cached_tokens = 0
         self.lease: Lease | None = None
         self.done = False
+        self.admitted = False  # ever
         self.followers: list[Seq] = []  # choices of the same request, waiting for this one to publish the prompt
         self.prompt_logprobs: list[Logprobs] | None = None
         self.wants_prompt = request.params.prompt_logprobs is not None and index == 0
@@ -61,7 +62,7 @@ class Seq:
         return self.prompt[start:] + self.output[: end - size]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: one is made for every token, and that would take twice as long
 class Item:
     """Compute tokens ``start`` to ``start + count`` of ``seq``; ``samples``: that is its end, a token follows.
 
@@ -121,10 +122,8 @@ class Scheduler:
     def add(self, request: Generate) -> list[Output]:
         """Queue a request. One that can never be served ends here, with an error."""
         size = len(request.prompt)
-        problem = None
-        if not size:
-            problem = "the prompt is empty"
-        elif size >= self.max_model_len:
+        problem = "" if size else "the prompt is empty"
+        if size >= self.max_model_len:
             problem = f"the prompt has {size} tokens; with its answer it must fit {self.max_model_len}"
         elif size >= self.cache.slots:
             problem = f"the prompt has {size} tokens, more than the KV cache of {self.cache.slots} can serve"
@@ -146,13 +145,13 @@ class Scheduler:
     def abort(self, id: str, index: int | None = None) -> list[int]:
         """Drop a request, or one choice of it, and free what it holds at once. Gives the choices that were dropped."""
         gone = [seq for seq in self._live.get(id, ()) if index is None or seq.index == index]
-        for seq in gone:
+        for seq in reversed(gone):  # followers first, lest each in turn becomes the next leader
             self._end(seq)
         return [seq.index for seq in gone]
 
     @property
     def busy(self) -> bool:
-        return bool(self._running or self._waiting)
+        return self._count > 0
 
     # --- one step
 
@@ -166,7 +165,7 @@ class Scheduler:
             count = counts.get(seq, 0)
             if count and not self._make_room(seq, seq.computed + count):
                 if seq.lease is not None:  # alone, and the pool is full
-                    plan.outputs.append(self._finish(seq, [], "length"))
+                    plan.outputs.append(self._output(seq, [], "length"))
                 continue  # it has left the list
             at += 1
             if count:
@@ -176,7 +175,7 @@ class Scheduler:
             seq = self._waiting[0]
             if not self._admit(seq):
                 if not self._running:  # it was preempted when it had the whole pool: no more of it fits
-                    plan.outputs.append(self._finish(seq, [], "length"))
+                    plan.outputs.append(self._output(seq, [], "length"))
                     continue
                 break
             self._waiting.popleft()
@@ -218,16 +217,16 @@ class Scheduler:
     # --- inside a step
 
     def _share_budget(self) -> dict[Seq, int]:
-        """Tokens for each running sequence: one for every decode, the rest to prefills, oldest first."""
-        counts: dict[Seq, int] = {}
-        prefills = []
-        budget = self.max_batch_tokens
+        """Tokens for each running sequence: one for every decode, the rest to prefills, oldest first.
+
+        The oldest always gets some: no more sequences run than a step has tokens, each having been admitted with one.
+        """
+        decodes: list[Seq] = []
+        prefills: list[Seq] = []
         for seq in self._running:
-            if len(seq) - seq.computed > 1:
-                prefills.append(seq)
-            elif budget:
-                counts[seq] = 1
-                budget -= 1
+            (prefills if len(seq) - seq.computed > 1 else decodes).append(seq)
+        counts = dict.fromkeys(decodes, 1)
+        budget = self.max_batch_tokens - len(counts)
         for seq in prefills:
             if not budget:
                 break
@@ -255,7 +254,7 @@ class Scheduler:
 
     def _preempt(self, seq: Seq) -> None:
         """Take a sequence's slots away; it waits at the front. What it computed stays cached while there is room."""
-        self._running.remove(seq)
+        assert self._running.pop() is seq
         self._free(seq)
         seq.computed = 0
         if seq.wants_prompt:
@@ -273,7 +272,8 @@ class Scheduler:
             self.cache.release(lease)
             return False
         seq.lease, seq.computed = lease, lease.shared
-        if not seq.output:
+        if not seq.admitted:  # what it finds when it comes back after a preemption is its own
+            seq.admitted = True
             seq.cached_tokens = lease.shared
             self._prompt_tokens += len(seq.prompt)
             self._cached_tokens += lease.shared
@@ -287,72 +287,56 @@ class Scheduler:
 
     def _accept(self, seq: Seq, token: int, logprobs: Logprobs | None) -> Output:
         """A sampled token: append it, or end with it."""
+        if not seq.params.max_tokens:  # only the prompt's log-probabilities were wanted
+            return self._output(seq, [], "length")
         if token in seq.stop_ids and len(seq.output) >= seq.params.min_tokens:
-            return self._finish(seq, [], "stop", stop_token=token)
+            return self._output(seq, [], "stop", stop=token)
         seq.output.append(token)
         self._generated_tokens += 1
-        entries = [logprobs] if logprobs is not None else None
-        if len(seq.output) >= seq.params.max_tokens or len(seq) >= self.max_model_len:
-            return self._finish(seq, [token], "length", entries)
-        return self._output(seq, [token], None, entries)
-
-    def _finish(
-        self,
-        seq: Seq,
-        tokens: list[int],
-        reason: str,
-        logprobs: list[Logprobs] | None = None,
-        stop_token: int | None = None,
-    ) -> Output:
-        output = self._output(seq, tokens, reason, logprobs, stop_token)
-        self._end(seq)
-        return output
+        full = len(seq.output) >= seq.params.max_tokens or len(seq) >= self.max_model_len
+        return self._output(seq, [token], "length" if full else None, logprobs)
 
     def _output(
         self,
         seq: Seq,
         tokens: list[int],
-        finish: str | None,
-        logprobs: list[Logprobs] | None,
-        stop_token: int | None = None,
+        finish: str | None = None,
+        logprobs: Logprobs | None = None,
+        stop: int | None = None,
     ) -> Output:
+        """What the client is told; with ``finish``, the last of it."""
         prompt_logprobs = None
         if seq.wants_prompt:  # once, with the first token
             prompt_logprobs, seq.prompt_logprobs, seq.wants_prompt = seq.prompt_logprobs or [], None, False
-        return Output(
-            seq.id,
-            seq.index,
-            tokens,
-            finish=finish,
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-            stop_token=stop_token,
-            cached_tokens=seq.cached_tokens,
-        )
+        if finish:
+            self._end(seq)
+        entries = [logprobs] if logprobs else None
+        return Output(seq.id, seq.index, tokens, finish, entries, prompt_logprobs, stop, None, seq.cached_tokens)
 
     def _end(self, seq: Seq) -> None:
         """Forget a sequence, wherever it is."""
-        if seq.done:
-            return
         seq.done = True
         self._count -= 1
         choices = self._live[seq.id]
         choices.remove(seq)
         if not choices:
             del self._live[seq.id]
+        # Where the prompt was not published yet, the next choice takes this one's place.
+        heir = seq.followers.pop(0) if seq.followers else None
+        if heir is not None:
+            heir.followers, seq.followers = seq.followers, []
+        leader = next((choice for choice in choices if seq in choice.followers), None)
         if seq.lease is not None:
             self._running.remove(seq)
             self._free(seq)
-        elif seq in self._waiting:
-            self._waiting.remove(seq)
+            if heir is not None:
+                self._waiting.appendleft(heir)
+        elif leader is not None:
+            leader.followers.remove(seq)
+        elif heir is not None:
+            self._waiting[self._waiting.index(seq)] = heir
         else:
-            for leader in choices:
-                if seq in leader.followers:
-                    leader.followers.remove(seq)
-        if seq.followers:  # the prompt was never published: the next choice takes its place
-            heir, *rest = seq.followers
-            heir.followers, seq.followers = rest, []
-            self._waiting.appendleft(heir)
+            self._waiting.remove(seq)
 
     def _free(self, seq: Seq) -> None:
         assert seq.lease is not None
