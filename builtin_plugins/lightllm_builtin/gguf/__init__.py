@@ -9,6 +9,8 @@ from lightllm import WeightFormatRecord, hookimpl
 def matches(path: Path) -> str | None:
     if path.is_file():
         return None if path.suffix == ".gguf" else "not a .gguf file"
+    if any(path.glob("*.safetensors")):
+        return "has safetensors"
     found = len(list(path.glob("*.gguf")))
     if found == 1:
         return None

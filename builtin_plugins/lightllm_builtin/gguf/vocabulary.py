@@ -3,33 +3,45 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from lightllm import UserError
 
-CONTROL, USER_DEFINED = 3, 4
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 """Values of tokenizer.ggml.token_type."""
 
-# How each family cuts text before merging; the expressions are those of the families' own tokenizer.json.
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-SPLITS = {
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "qwen2": _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"),
-    "tekken": _TEKKEN,
+# How each family cuts text before merging: the expressions of the families' own tokenizer.json, which end alike.
+_REST = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_SYMBOLS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_LLAMA3 = "|".join([_WORDS, r"\p{N}{1,3}", _SYMBOLS, _REST])
+_QWEN2 = "|".join([_WORDS, r"\p{N}", _SYMBOLS, _REST])
+_CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+_TEKKEN = "|".join([_CASED, r"\p{N}", r" ?[^\s\p{L}\p{N}]+[\r\n/]*", _REST])
+
+
+class Cut(NamedTuple):
+    """A way to cut text. ``whole_words``: a piece that is a token is taken as it is, whatever the merges say; ``bos``:
+    texts begin with bos unless the file says otherwise."""
+
+    expression: str
+    whole_words: bool = False
+    bos: bool = False
+
+
+CUTS = {
+    "llama-bpe": Cut(_LLAMA3, whole_words=True, bos=True),
+    "llama3": Cut(_LLAMA3, whole_words=True, bos=True),
+    "llama-v3": Cut(_LLAMA3, whole_words=True, bos=True),
+    "tekken": Cut(_TEKKEN, whole_words=True, bos=True),
+    "qwen2": Cut(_QWEN2),
+    "deepseek-r1-qwen": Cut(_QWEN2),
 }
 BYTE_LEVEL = ("gpt-2", "default", "smollm")
+"""These cut as GPT-2 did, by the expression that is `tokenizers`' own."""
 
 
 def build_tokenizer(metadata: dict[str, Any], file: Path) -> Tokenizer:
@@ -41,31 +53,44 @@ def build_tokenizer(metadata: dict[str, Any], file: Path) -> Tokenizer:
     if kind == "gpt2":
         tokenizer = _byte_level(metadata, tokens, file)
     elif kind == "llama":
-        tokenizer = _sentencepiece(metadata, tokens)
+        tokenizer = _sentencepiece(metadata, tokens, file)
     else:
         raise UserError(f"{file}: a vocabulary of kind {kind!r} is not supported (gpt2 and llama are)")
-    types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    types = _types(metadata, tokens)
     added = [
-        AddedToken(token, special=type_ == CONTROL, normalized=False)
+        AddedToken(token, special=type_ != USER_DEFINED, normalized=False)
         for token, type_ in zip(tokens, types, strict=True)
-        if type_ in (CONTROL, USER_DEFINED)
+        if type_ in (CONTROL, USER_DEFINED) or (kind == "llama" and type_ == UNKNOWN)
     ]
     tokenizer.add_tokens(added)
-    _frame(tokenizer, metadata, tokens, default_bos=kind == "llama")
+    cut = CUTS.get(metadata.get("tokenizer.ggml.pre", ""))
+    _frame(tokenizer, metadata, tokens, default_bos=kind == "llama" or (cut is not None and cut.bos))
     return tokenizer
 
 
+def _types(metadata: dict[str, Any], tokens: list[str]) -> list[int]:
+    types: list[int] = metadata.get("tokenizer.ggml.token_type") or []
+    return types if len(types) == len(tokens) else [NORMAL] * len(tokens)
+
+
 def _byte_level(metadata: dict[str, Any], tokens: list[str], file: Path) -> Tokenizer:
+    if not metadata.get("tokenizer.ggml.merges"):
+        raise UserError(f"{file}: its vocabulary has no merges")
     merges = []
     for merge in metadata["tokenizer.ggml.merges"]:
-        left, _, right = merge[1:].partition(" ")  # a token never is empty, but may begin with a space
-        merges.append((merge[0] + left, right))
+        left, _, right = merge[1:].partition(" ")  # a token is never empty, but may begin with a space
+        merges.append((merge[:1] + left, right))
     vocabulary = {token: id for id, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=metadata.get("tokenizer.ggml.pre") in SPLITS))
     pre = metadata.get("tokenizer.ggml.pre", "default")
-    if pre in SPLITS:
-        cut = pre_tokenizers.Split(Regex(SPLITS[pre]), "isolated")
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, _bytes(use_regex=False)])
+    cut = CUTS.get(pre)
+    try:
+        model = models.BPE(vocabulary, merges, ignore_merges=cut is not None and cut.whole_words)
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(f"{file}: its vocabulary cannot be read: {error}") from error
+    tokenizer = Tokenizer(model)
+    if cut is not None:
+        split = pre_tokenizers.Split(Regex(cut.expression), "isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, _bytes(use_regex=False)])
         if pre == "qwen2":
             tokenizer.normalizer = normalizers.NFC()
     elif pre == "smollm":
@@ -73,7 +98,7 @@ def _byte_level(metadata: dict[str, Any], tokens: list[str], file: Path) -> Toke
     elif pre in BYTE_LEVEL:
         tokenizer.pre_tokenizer = _bytes(use_regex=True)
     else:
-        known = ", ".join(sorted([*SPLITS, *BYTE_LEVEL]))
+        known = ", ".join(sorted([*CUTS, *BYTE_LEVEL]))
         raise UserError(f"{file}: text is cut as {pre!r} before merging, which is not supported ({known} are)")
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
@@ -83,18 +108,24 @@ def _bytes(use_regex: bool) -> pre_tokenizers.ByteLevel:
     return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
 
 
-def _sentencepiece(metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
+def _sentencepiece(metadata: dict[str, Any], tokens: list[str], file: Path) -> Tokenizer:
     """SentencePiece's BPE: merges are not stored, but follow from the pieces' scores."""
-    scores = metadata["tokenizer.ggml.scores"]
+    scores = metadata.get("tokenizer.ggml.scores", [])
+    if len(scores) != len(tokens):
+        raise UserError(f"{file}: its vocabulary has {len(tokens):,} tokens and {len(scores):,} scores")
     ids = {token: id for id, token in enumerate(tokens)}
-    merges = []
-    for token, score in zip(tokens, scores, strict=True):
+    types = _types(metadata, tokens)
+    merges: list[tuple[float, tuple[str, str]]] = []
+    for token, score, type_ in zip(tokens, scores, types, strict=True):
+        if type_ != NORMAL:
+            continue
         pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
         found = [(left, right) for left, right in pairs if left in ids and right in ids]
-        merges += [(score, (ids[left], ids[right]), (left, right)) for left, right in found]
-    merges.sort(key=lambda m: (-m[0], m[1]))
-    unknown = tokens[metadata.get("tokenizer.ggml.unknown_token_id", 0)]
-    model = models.BPE(ids, [pair for _, _, pair in merges], unk_token=unknown, fuse_unk=True, byte_fallback=True)
+        found.sort(key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+        merges += [(score, pair) for pair in found]
+    merges.sort(key=lambda m: -m[0])
+    unknown = next((token for token, type_ in zip(tokens, types, strict=True) if type_ == UNKNOWN), None)
+    model = models.BPE(ids, [pair for _, pair in merges], unk_token=unknown, fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(model)
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     replace = normalizers.Replace(" ", "▁")
@@ -107,7 +138,8 @@ def _sentencepiece(metadata: dict[str, Any], tokens: list[str]) -> Tokenizer:
 def _frame(tokenizer: Tokenizer, metadata: dict[str, Any], tokens: list[str], default_bos: bool) -> None:
     """The tokens put around every text."""
     before, after = [], []
-    bos, eos = metadata.get("tokenizer.ggml.bos_token_id"), metadata.get("tokenizer.ggml.eos_token_id")
+    bos, eos = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos"))
+    bos, eos = (id if id is not None and id < len(tokens) else None for id in (bos, eos))
     if bos is not None and metadata.get("tokenizer.ggml.add_bos_token", default_bos):
         before = [(tokens[bos], bos)]
     if eos is not None and metadata.get("tokenizer.ggml.add_eos_token", False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from lightllm import ModelInfo, UserError
 from lightllm_builtin.gguf.checkpoint import the_file
 from lightllm_builtin.gguf.header import TensorInfo, read_header
 
-NOT_WEIGHTS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-"""Read with the metadata, where the model's config has them."""
+NOT_WEIGHTS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight", "attn_rot_embd.weight")
+"""Read with the metadata, where the model's config has them; the last is what older files carry along."""
 
 
 class GGUFWeights:
@@ -30,15 +31,14 @@ class GGUFWeights:
 
     def nbytes(self) -> int:
         # as they are handed out: the progress bar counts what it is given
-        return sum(4 * int(np.prod(t.shape)) for t in self.header.tensors if t.name not in NOT_WEIGHTS)
+        return sum(4 * math.prod(t.shape) for t in self.header.tensors if not t.name.endswith(NOT_WEIGHTS))
 
     def tensors(self, expected: Collection[str]) -> Iterator[tuple[str, Tensor]]:
         names = self._names(expected)
-        data = np.memmap(self.file, mode="r")
         for tensor in self.header.tensors:
-            if tensor.name in NOT_WEIGHTS:
+            if tensor.name.endswith(NOT_WEIGHTS):
                 continue
-            values = read_tensor(data, tensor)
+            values = read_tensor(self.file, tensor)
             if self.header.metadata["general.architecture"] == "llama":
                 values = self._halves(tensor.name, values)
             yield names.get(tensor.name, tensor.name), values
@@ -68,20 +68,19 @@ class GGUFWeights:
         return values.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(values.shape)
 
 
-def read_tensor(data: np.ndarray, tensor: TensorInfo) -> Tensor:
-    """One tensor of the mapped file ``data``, as float32."""
-    raw = data[tensor.offset : tensor.offset + tensor.nbytes]
+def read_tensor(file: Path, tensor: TensorInfo) -> Tensor:
+    """One tensor as float32. Read, not mapped, so that memory holds this tensor and not what was read before."""
+    raw = np.fromfile(file, np.uint8, tensor.nbytes, offset=tensor.offset)
+    if tensor.type == GGMLQuantizationType.F32:
+        return torch.from_numpy(raw.view(np.float32).reshape(tensor.shape))
+    if tensor.type == GGMLQuantizationType.F16:
+        return torch.from_numpy(raw.view(np.float16).reshape(tensor.shape)).float()
     if tensor.type == GGMLQuantizationType.BF16:
-        return torch.from_numpy(raw.copy()).view(torch.bfloat16).float().view(tensor.shape)
+        return torch.from_numpy(raw).view(torch.bfloat16).view(tensor.shape).float()
     block, size = GGML_QUANT_SIZES[tensor.type]
-    rows = raw.reshape(*tensor.shape[:-1], tensor.shape[-1] // block * size)
     try:
-        if tensor.type == GGMLQuantizationType.F32:
-            values = raw.view(np.float32).reshape(tensor.shape).copy()
-        elif tensor.type == GGMLQuantizationType.F16:
-            values = raw.view(np.float16).reshape(tensor.shape).astype(np.float32)
-        else:
-            values = dequantize(rows, tensor.type)
+        values = dequantize(raw.reshape(*tensor.shape[:-1], tensor.shape[-1] // block * size), tensor.type)
     except NotImplementedError:
-        raise UserError(f"tensor {tensor.name} is quantized as {tensor.type.name}, which cannot be read here") from None
+        kind = tensor.type.name
+        raise UserError(f"{file}: tensor {tensor.name} is of type {kind}, which cannot be read here") from None
     return torch.from_numpy(values)

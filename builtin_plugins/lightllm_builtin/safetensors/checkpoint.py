@@ -12,7 +12,7 @@ from lightllm import ModelInfo, UserError
 
 
 class FolderCheckpoint:
-    """`lightllm.Checkpoint`."""
+    """`lightllm.Checkpoint`. Raises UserError naming the file that is absent or cannot be read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -23,14 +23,15 @@ class FolderCheckpoint:
         if not architectures:
             raise UserError(f'{self.path / "config.json"} names no architecture (its "architectures" is empty)')
         tokenizer = self._json("tokenizer_config.json", optional=True)
+        special = self._json("special_tokens_map.json", optional=True) | tokenizer
         return ModelInfo(
             path=str(self.path),
             architecture=architectures[0],
             config=config,
             generation=self._json("generation_config.json", optional=True),
             chat_template=self._chat_template(tokenizer),
-            bos_token=_content(tokenizer.get("bos_token")),
-            eos_token=_content(tokenizer.get("eos_token")),
+            bos_token=_content(special.get("bos_token")),
+            eos_token=_content(special.get("eos_token")),
         )
 
     def tokenizer(self) -> Tokenizer:
@@ -55,9 +56,9 @@ class FolderCheckpoint:
             return file.read_text(encoding="utf-8")
         template = tokenizer.get("chat_template")
         if isinstance(template, list):  # several by name
-            named = {entry["name"]: entry["template"] for entry in template}
+            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
             template = named.get("default", next(iter(named.values()), None))
-        return template
+        return template if isinstance(template, str) else None
 
     def _json(self, name: str, optional: bool = False) -> dict[str, Any]:
         file = self.path / name

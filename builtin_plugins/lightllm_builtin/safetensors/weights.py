@@ -13,7 +13,7 @@ from lightllm import ModelInfo, UserError
 
 
 class SafetensorsWeights:
-    """`lightllm.WeightFormat`."""
+    """`lightllm.WeightFormat`. Raises UserError naming the file that is absent, cut off or no safetensors."""
 
     def __init__(self, path: Path, info: ModelInfo) -> None:
         self.files = _files(path)
@@ -38,8 +38,8 @@ def _files(path: Path) -> list[Path]:
         whole = path / "model.safetensors"
         return [whole] if whole.is_file() else sorted(path.glob("*.safetensors"))
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} cannot be read: {error!r}") from error
     absent = [name for name in names if not (path / name).is_file()]
     if absent:

@@ -1,4 +1,4 @@
-"""Where models come from: a path, the embedded demo model, the Hugging Face Hub."""
+"""Where models come from: the embedded demo model, a path, the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -13,16 +13,25 @@ if TYPE_CHECKING:
 
 @hookimpl
 def lightllm_resolve_model(name: str, revision: str | None, config: Config) -> Path | None:
-    path = Path(name).expanduser()
-    if path.exists():
-        return path
+    """`demo`; else a path that exists; else ``org/name``, ``org/name:variant`` or ``org/name/file.gguf`` on the hub.
+
+    What a folder holds is the weight formats' to say. A name that can only be a path must exist.
+    """
     if name == "demo":
         from lightllm_builtin.sources.demo import demo_model
 
         return demo_model()
-    if name.startswith(("/", "./", "../", "~")) or (name.endswith(".gguf") and name.count("/") != 2):
+    try:
+        path = Path(name).expanduser()
+        if path.exists():
+            return path
+    except (OSError, RuntimeError, ValueError):  # too long, of an unknown user, with a null: no path of ours
+        pass
+    parts = name.count("/")
+    is_gguf = name.endswith(".gguf")
+    if name.startswith(("/", "./", "../", "~")) or (is_gguf and parts < 2) or (not is_gguf and parts > 1):
         raise UserError(f"--model {name}: there is no such file or folder")
-    if "/" in name:
+    if parts:
         from lightllm_builtin.sources.hub import hub_model
 
         return hub_model(name, revision)

