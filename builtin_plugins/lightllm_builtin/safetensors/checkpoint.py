@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,10 @@ class FolderCheckpoint:
                 return Tokenizer.from_file(str(file))
             except Exception as error:  # the library raises plain Exception
                 raise UserError(f"{file} cannot be read: {error}") from error
+        if (self.path / "tokenizer.model").is_file() and (lacking := _lacking("sentencepiece", "google.protobuf")):
+            raise UserError(
+                f"{self.path} has its tokenizer in tokenizer.model: reading it needs `pip install {lacking}`"
+            )
         # sentencepiece, tekken and tiktoken files: transformers knows how to turn each into a fast tokenizer
         from transformers import AutoTokenizer
 
@@ -71,6 +76,17 @@ class FolderCheckpoint:
         if not isinstance(content, dict):
             raise UserError(f"{file} does not hold a JSON object")
         return content
+
+
+def _lacking(*modules: str) -> str:
+    """Those of the modules that are not installed, by their distributions' names."""
+    lacking = []
+    for module in modules:
+        parent, _, name = module.rpartition(".")
+        found = importlib.util.find_spec(parent or name) and importlib.util.find_spec(module)
+        if not found:
+            lacking.append(name)
+    return " ".join(lacking)
 
 
 def _content(token: Any) -> str | None:

@@ -38,7 +38,7 @@ def _files(path: Path) -> list[Path]:
         whole = path / "model.safetensors"
         return [whole] if whole.is_file() else sorted(path.glob("*.safetensors"))
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} cannot be read: {error!r}") from error
     absent = [name for name in names if not (path / name).is_file()]
