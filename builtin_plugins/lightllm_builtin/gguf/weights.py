@@ -28,6 +28,7 @@ class GGUFWeights:
         self.file = the_file(path)
         self.header = read_header(self.file)
         self.info = info
+        self.kind = self.header.metadata.get("general.architecture")
 
     def nbytes(self) -> int:
         # as they are handed out: the progress bar counts what it is given
@@ -39,17 +40,19 @@ class GGUFWeights:
             if tensor.name.endswith(NOT_WEIGHTS):
                 continue
             values = read_tensor(self.file, tensor)
-            if self.header.metadata["general.architecture"] == "llama":
+            if self.kind == "llama":
                 values = self._halves(tensor.name, values)
             yield names.get(tensor.name, tensor.name), values
 
     def _names(self, expected: Collection[str]) -> dict[str, str]:
         """GGUF name -> Hugging Face name, for every name the model expects."""
-        name = self.header.metadata["general.architecture"]
-        architecture = next((arch for arch, text in MODEL_ARCH_NAMES.items() if text == name), None)
+        architecture = next((arch for arch, text in MODEL_ARCH_NAMES.items() if text == self.kind), None)
         if architecture is None:
             return {}
-        table = get_tensor_name_map(architecture, self.header.metadata[f"{name}.block_count"])
+        layers = self.header.metadata.get(f"{self.kind}.block_count")
+        if not isinstance(layers, int):
+            raise UserError(f"{self.file} does not say how many layers it has ({self.kind}.block_count)")
+        table = get_tensor_name_map(architecture, layers)
         names = {}
         for wanted in expected:
             found = table.get_name(wanted, try_suffixes=(".weight", ".bias"))
