@@ -65,7 +65,8 @@ def _variant(repo: str, variant: str, revision: str | None) -> str:
     except HfHubHTTPError:  # the hub has answered
         raise
     except Exception:  # no network, or told to use none; whichever HTTP library the hub's own happens to use
-        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        # no pattern: only where the cached files are
+        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=[]))
         files = [str(file.relative_to(folder)) for file in folder.rglob("*.gguf")]
     files = [file for file in files if file.endswith(".gguf")]
     found = [file for file in files if variant.lower() in file.lower()]
