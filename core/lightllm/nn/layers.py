@@ -194,7 +194,7 @@ class Make:
     def attention(
         self, heads: int, kv_heads: int, head_dim: int, *, window: int | None = None, scale: float | None = None
     ) -> Attention:
-        """The next layer's attention. ``window``: tokens seen, itself included; ``scale``: head_dim**-0.5 unless given."""
+        """The next attention layer. ``window``: tokens seen, itself too; ``scale``: head_dim**-0.5 unless given."""
         spec = AttentionSpec(
             layer=len(self.attention_layers),
             heads=self.shard.share(heads, "attention heads"),

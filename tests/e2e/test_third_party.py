@@ -1,0 +1,131 @@
+"""A stranger's plugin: built as a wheel, installed beside our wheel in a fresh environment, served by the command."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from safetensors.torch import save_file
+from servers import RealServer
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+ROOT = Path(__file__).parents[2]
+PLUGIN = Path(__file__).parent / "third_party"
+SIZE = 30
+
+
+def build(source: Path, out: Path) -> Path:
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
+    subprocess.run(command, check=True, capture_output=True)
+    return next(out.glob("*.whl"))
+
+
+class Environment:
+    """A fresh virtual environment with our wheel in it.
+
+    What our wheel depends on is lent by the environment the tests run in, through a .pth file; neither lightllm nor
+    its entry points are, as these come from an editable install that is taken out of the path.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        venv.create(folder, with_pip=True)
+        self.python = folder / "bin" / "python"
+        site = next(folder.glob("lib/python*/site-packages"))
+        lent = folder / "lent"
+        lent.mkdir()
+        for entry in Path(sysconfig.get_path("purelib")).iterdir():
+            if not entry.name.startswith(("lightllm", "_lightllm", "pip", "__editable__")):
+                (lent / entry.name).symlink_to(entry)
+        (site / "lent.pth").write_text(str(lent))
+
+    def install(self, wheel: Path) -> None:
+        command = [str(self.python), "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--force-reinstall"]
+        subprocess.run([*command, str(wheel)], check=True, capture_output=True)
+
+    def command(self) -> list[str]:
+        return [str(self.python.parent / "lightllm-serve")]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    folder = tmp_path_factory.mktemp("fresh")
+    found = Environment(folder / "venv")
+    found.install(build(ROOT, folder / "ours"))
+    return found
+
+
+@pytest.fixture
+def plugin_source(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(PLUGIN, tmp_path / "plugin"))
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("tiny")
+    sys.path.insert(0, str(PLUGIN / "src"))
+    try:
+        from tiny_arch.model import checkpoint  # type: ignore[import-not-found]
+
+        save_file(checkpoint(SIZE), folder / "model.safetensors")
+    finally:
+        sys.path.remove(str(PLUGIN / "src"))
+    config = {
+        "architectures": ["TinyForCausalLM"],
+        "vocab_size": SIZE,
+        "hidden_size": SIZE,
+        "max_position_embeddings": 64,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(SIZE)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    yield folder
+
+
+def complete(server: RealServer, prompt: str) -> str:
+    body = {"model": "m", "prompt": prompt, "max_tokens": 4, "temperature": 0}
+    reply = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+    assert reply.status_code == 200, reply.text
+    return str(reply.json()["choices"][0]["text"])
+
+
+def test_a_third_party_model_is_served(environment: Environment, plugin_source: Path, tiny_model: Path) -> None:
+    environment.install(build(plugin_source, plugin_source / "dist"))
+    with RealServer(
+        "--model", str(tiny_model), "--served-model-name", "m", "--no-plugin", "qwen2", command=environment.command()
+    ) as server:
+        assert complete(server, "w1 w7").split() == ["w8", "w9", "w10", "w11"]
+        assert "tiny-arch 1.2.3" in server.log
+
+
+def test_a_broken_third_party_plugin_harms_nobody_and_is_named(
+    environment: Environment, plugin_source: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    init = plugin_source / "src" / "tiny_arch" / "__init__.py"
+    init.write_text(init.read_text() + "\nimport a_package_that_is_not_there\n")
+    environment.install(build(plugin_source, plugin_source / "dist"))
+    (tmp_path / "llama").mkdir()
+    from checkpoints import write_checkpoint
+
+    write_checkpoint(tmp_path / "llama", "llama-gqa")
+    shutil.copy(tiny_model / "tokenizer.json", tmp_path / "llama")
+    with RealServer(
+        "--model", str(tmp_path / "llama"), "--served-model-name", "m", command=environment.command()
+    ) as server:
+        complete(server, "w1 w7")
+        assert "tiny-arch" in server.log
+        assert "1.2.3" in server.log
+        assert "a_package_that_is_not_there" in server.log
+    # and its own model is refused with the reason in the line
+    done = subprocess.run([*environment.command(), "--model", str(tiny_model)], capture_output=True, text=True)
+    assert done.returncode == 1
+    line = done.stderr.splitlines()[-1]
+    assert "TinyForCausalLM" in line and "a_package_that_is_not_there" in line and "tiny-arch" in line
