@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 FAMILIES = {
@@ -64,6 +65,13 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}, {}),
     "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}, {}),
 }
+
+
+def write_tokenizer(folder: Path, size: int = BASE["vocab_size"]) -> None:
+    """A tokenizer.json of ``size`` words: w0, w1, ..."""
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def write_checkpoint(folder: Path, case: str, **save: Any) -> Any:

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as RawTokenizer
 
-from lightllm import UserError
 from lightllm.tokenizer import IncrementalDecoder, StopStrings, Tokenizer, level_bytes
 
 
@@ -214,18 +213,6 @@ def test_the_byte_level_alphabet_is_that_of_the_tokenizers_library():
     assert sorted(level_bytes(char) for char in alphabet) == [bytes([byte]) for byte in range(256)]
     spelt = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str("né\n 日")
     assert level_bytes(spelt[0][0]) == "né\n 日".encode()
-
-
-def test_a_folder_is_read_and_a_bad_one_named(tmp_path):
-    byte_level().raw.save(str(tmp_path / "tokenizer.json"))
-    assert Tokenizer.from_folder(tmp_path, bos_token="<|begin|>").encode("he") == byte_level().encode("he")
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match=r"tokenizer\.json cannot be read"):
-        Tokenizer.from_folder(tmp_path)
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    with pytest.raises(UserError, match=r"has no tokenizer\.json"):
-        Tokenizer.from_folder(empty)
 
 
 # --- stop strings

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -19,8 +19,11 @@ from lightllm.plugins import Plugins, Provided, Recipe
 if TYPE_CHECKING:
     import torch
 
+    from lightllm.chat import ChatTemplate
+    from lightllm.engine.client import EngineClient
     from lightllm.engine.engine import Engine
     from lightllm.engine.request import Loading
+    from lightllm.server.state import ServerState
 
 log = logging.getLogger("lightllm")
 
@@ -57,17 +60,35 @@ def open_checkpoint(plugins: Plugins, path: Path) -> tuple[Provided, Checkpoint,
     raise UserError(f"{path} holds no model that any weight format can read ({'; '.join(reasons)})")
 
 
-def logits_processors(plugins: Plugins, info: ModelInfo) -> dict[str, LogitsProcessor]:
-    """Claimed request field -> its processor. Two claims on one field are an error naming both plugins."""
+def claimed_fields(plugins: Plugins) -> dict[str, Provided]:
+    """Request field -> the logits processor that claims it. Two claims on one field are an error naming both."""
     claims: dict[str, Provided] = {}
-    processors: dict[str, LogitsProcessor] = {}
     for provided in plugins.records("logits_processors"):
-        processor = plugins.load(provided)(info)
         for name in provided.record.fields:
             if name in claims:
                 raise UserError(f"{claims[name].label} and {provided.label} both claim the request field {name!r}")
-            claims[name], processors[name] = provided, processor
-    return processors
+            claims[name] = provided
+    return claims
+
+
+def model_record(plugins: Plugins, info: ModelInfo) -> Provided:
+    """The model plugin for this architecture. Raises UserError when there is none, or several."""
+    serving = [p for p in plugins.records("models") if info.architecture in p.record.architectures]
+    if len(serving) == 1:
+        return serving[0]
+    if serving:
+        raise UserError(
+            f"several plugins serve {info.architecture}: {', '.join(p.label for p in serving)}; use --no-plugin"
+        )
+    known = sorted({a for p in plugins.records("models") for a in p.record.architectures})
+    raise UserError(
+        f"{info.path}: no model plugin serves the architecture {info.architecture!r}. Served: {', '.join(known)}."
+        + plugins.broken_note()
+    )
+
+
+def linear_method(plugins: Plugins, config: Config) -> Provided:
+    return plugins.find("linear_methods", config.quantization or "dense")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,13 +124,11 @@ def build_engine(
     from lightllm.nn.layers import Make
     from lightllm.nn.weights import load_weights
 
-    if config.tp != 1:
-        raise UserError(f"--tp {config.tp}: tensor parallelism is not there yet, only --tp 1")
     format_record, _, info = open_checkpoint(plugins, path)
-    record = _model_for(plugins, info)
+    record = model_record(plugins, info)
     device = _device(config)
     dtype = _dtype(config, info, device)
-    method = plugins.load(plugins.find("linear_methods", config.quantization or "dense"))
+    method = plugins.load(linear_method(plugins, config))
     report(Loading(stage="importing the model"))
 
     make = Make(dtype=dtype, device=device, linear_method=method)
@@ -142,9 +161,10 @@ def build_engine(
     )
     backend = _attention_backend(config, plugins, job)
     sampler = _best(plugins, "samplers", config.sampler)
-    runner = Runner(
-        model, plugins.load(backend)(job, pool), plugins.load(sampler)(), logits_processors(plugins, info), device
-    )
+    claims = claimed_fields(plugins)
+    loaded = {id(provided.record): plugins.load(provided)(info) for provided in claims.values()}
+    processors: dict[str, LogitsProcessor] = {name: loaded[id(p.record)] for name, p in claims.items()}
+    runner = Runner(model, plugins.load(backend)(job, pool), plugins.load(sampler)(), processors, device)
     scheduler = Scheduler(
         KVCache(slots, prefix_cache=config.prefix_cache),
         max_batch_tokens=config.max_batch_tokens or DEFAULT_STEP_TOKENS[device.type],
@@ -162,21 +182,6 @@ def build_engine(
     ]
     ready = Ready(max_model_len=max_model_len, total_slots=slots, vocab_size=info.config["vocab_size"], summary=summary)
     return Engine(scheduler, runner, ready)
-
-
-def _model_for(plugins: Plugins, info: ModelInfo) -> Provided:
-    serving = [p for p in plugins.records("models") if info.architecture in p.record.architectures]
-    if len(serving) == 1:
-        return serving[0]
-    if serving:
-        raise UserError(
-            f"several plugins serve {info.architecture}: {', '.join(p.label for p in serving)}; use --no-plugin"
-        )
-    known = sorted({a for p in plugins.records("models") for a in p.record.architectures})
-    raise UserError(
-        f"{info.path}: no model plugin serves the architecture {info.architecture!r}. Served: {', '.join(known)}."
-        + plugins.broken_note()
-    )
 
 
 def _device(config: Config) -> torch.device:
@@ -275,9 +280,99 @@ def _best(plugins: Plugins, kind: str, name: str) -> Provided:
 
 
 def serve(config: Config, plugins: Plugins) -> int:
-    """Resolve the model, start the engine, serve until told to stop."""
+    """Resolve the model, start the engine, serve until told to stop; the exit code. Raises UserError.
 
-    raise NotImplementedError
+    Whatever can be found out without the engine is found out before it is started.
+    """
+    from lightllm.engine.client import EngineClient
+    from lightllm.server.run import LoadingBar, address, listen, run
+
+    configure_logging(config)
+    if config.tp != 1:
+        raise UserError(f"--tp {config.tp}: tensor parallelism is not there yet, only --tp 1")
+    with listen(config.host, config.port) as sock, LoadingBar() as bar:
+        path = plugins.resolve_model(config.model, config.revision, config)
+        _, checkpoint, info = open_checkpoint(plugins, path)
+        _check_choices(config, plugins, info)
+        start = Start(config=config, recipe=plugins.recipe, path=str(path))
+        engine = EngineClient(msgspec.msgpack.encode(start), bar.show)
+        try:
+            engine.launch()  # it loads while this process imports and builds the rest
+            state = _server_state(config, plugins, checkpoint, info, engine)
+
+            def ready() -> None:
+                assert engine.ready is not None
+                for line in engine.ready.summary:
+                    log.info("%s", line)
+                log.info("%s is served on %s", state.model_names[0], address(sock))
+
+            from lightllm.server.app import create_app
+
+            return run(create_app(state), engine, sock, ready)
+        finally:
+            engine.close()
+
+
+def _check_choices(config: Config, plugins: Plugins, info: ModelInfo) -> None:
+    """Everything that was asked for by name exists."""
+    model_record(plugins, info)
+    linear_method(plugins, config)
+    for kind, name in (("attention_backends", config.attention_backend), ("samplers", config.sampler)):
+        if name != "auto":
+            plugins.find(kind, name)
+
+
+def _server_state(
+    config: Config, plugins: Plugins, checkpoint: Checkpoint, info: ModelInfo, engine: EngineClient
+) -> ServerState:
+    from lightllm.server.protocol import REQUEST_FIELDS
+    from lightllm.server.state import ServerState
+    from lightllm.tokenizer import Tokenizer
+
+    claims = claimed_fields(plugins)
+    for name in claims.keys() & REQUEST_FIELDS:
+        raise UserError(f"{claims[name].label} claims the request field {name!r}, which is the server's own")
+
+    def parser(kind: str, name: str | None) -> Any:
+        return plugins.load(plugins.find(kind, name)) if name else None
+
+    return ServerState(
+        config=config,
+        engine=engine,
+        tokenizer=Tokenizer(checkpoint.tokenizer(), bos_token=info.bos_token, eos_token=info.eos_token),
+        info=info,
+        model_names=_model_names(config),
+        chat_template=_chat_template(config, plugins, info),
+        tool_parser=parser("tool_parsers", config.tool_call_parser),
+        reasoning_parser=parser("reasoning_parsers", config.reasoning_parser),
+        claims={name: provided.record.validate for name, provided in claims.items()},
+        listeners=[listener for _, listener in plugins.listeners(config)],
+        routes=plugins.routes(config),
+        lifespans=plugins.lifespans(config),
+    )
+
+
+def _model_names(config: Config) -> tuple[str, ...]:
+    """What clients may call the model: what was said, else the file's or folder's name, and ``--model`` as given."""
+    if config.served_model_name:
+        return config.served_model_name
+    path = Path(config.model)
+    name = path.resolve().name if path.exists() else config.model
+    return tuple(dict.fromkeys((name, config.model)))
+
+
+def _chat_template(config: Config, plugins: Plugins, info: ModelInfo) -> ChatTemplate | None:
+    from lightllm.chat import ChatTemplate
+
+    source: str | None
+    if config.chat_template:
+        try:
+            source = Path(config.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--chat-template {config.chat_template}: it cannot be read: {error}") from None
+    else:
+        source = plugins.choose_chat_template(info, config) or info.chat_template
+    return ChatTemplate(source, info.bos_token, info.eos_token) if source else None
 
 
 def configure_logging(config: Config) -> None:

@@ -112,9 +112,14 @@ class SamplerRecord(Record, frozen=True, kw_only=True):
 
 
 class LogitsProcessorRecord(Record, frozen=True, kw_only=True):
-    """Target: a `LogitsProcessor`. ``fields``: the extra request fields it claims; it sees requests that set one."""
+    """Target: a `LogitsProcessor`. ``fields``: the extra request fields it claims; it sees requests that set one.
+
+    ``validate`` is given those that a request sets and answers None, or why not, which becomes the client's 400. It is
+    called in the server process, so it must not import torch.
+    """
 
     fields: tuple[str, ...]
+    validate: Callable[[Mapping[str, Any]], str | None] | None = None
 
 
 class ToolParserRecord(Record, frozen=True, kw_only=True):
@@ -213,9 +218,6 @@ class LogitsProcessor(Protocol):
     """Changes the logits of the requests that set one of its fields, before the sampler."""
 
     def __init__(self, info: ModelInfo) -> None: ...
-
-    def validate(self, fields: Mapping[str, Any]) -> None:
-        """Raise ValueError to refuse a request; its text becomes the client's 400."""
 
     def apply(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
         """In place; logits [rows, vocabulary] holds only the rows that claimed it (``row.params.extra``)."""

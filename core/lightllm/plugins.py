@@ -89,7 +89,7 @@ class Provided:
 
     @property
     def label(self) -> str:
-        return f"{self.address} ({self.plugin.origin})"
+        return self.address if self.plugin.builtin else f"{self.address} ({self.plugin.origin})"
 
 
 class PluginReport(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,12 +11,9 @@ import json
 import re
 from collections import deque
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as RawTokenizer
-
-from lightllm.interfaces import UserError
 
 MAX_TOKEN_ID = 2**32 - 1
 
@@ -37,30 +34,6 @@ class Tokenizer:
         self._added = {id: token.content for id, token in added.items()}
         self.alphabet = _Alphabet(raw.decoder)
         self._bytes: dict[int, bytes] = {}
-
-    @classmethod
-    def from_folder(cls, path: str | Path, *, bos_token: str | None = None, eos_token: str | None = None) -> Tokenizer:
-        """The tokenizer of a Hugging Face folder: its tokenizer.json, else whatever transformers can make of it.
-
-        Raises UserError when there is none that can be read.
-        """
-        path = Path(path)
-        file = path / "tokenizer.json"
-        if file.is_file():
-            try:
-                raw = RawTokenizer.from_file(str(file))
-            except Exception as error:  # the library raises plain Exception
-                raise UserError(f"{file} cannot be read: {error}") from error
-        else:
-            from transformers import AutoTokenizer
-
-            try:
-                raw = AutoTokenizer.from_pretrained(path, local_files_only=True).backend_tokenizer
-            except Exception as error:
-                raise UserError(
-                    f"{path} has no tokenizer.json, and no other tokenizer that can be read: {error}"
-                ) from error
-        return cls(raw, bos_token=bos_token, eos_token=eos_token)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids. Lets other threads run meanwhile, so that long texts may be encoded in one of their own."""

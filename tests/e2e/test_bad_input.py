@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from checkpoints import write_checkpoint
+from checkpoints import write_checkpoint, write_tokenizer
 from servers import run_command
 
 
@@ -24,6 +24,7 @@ def one_line(*arguments: str) -> str:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     write_checkpoint(folder, "llama-gqa")
+    write_tokenizer(folder)
     return folder
 
 
@@ -56,6 +57,12 @@ def test_a_missing_tensor_is_named(checkpoint: Path, tmp_path: Path) -> None:
     config = copy(checkpoint, tmp_path) / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 4}))
     assert "model.layers.3." in one_line("--model", str(tmp_path))
+
+
+def test_a_folder_without_a_tokenizer(checkpoint: Path, tmp_path: Path) -> None:
+    (copy(checkpoint, tmp_path) / "tokenizer.json").unlink()
+    line = one_line("--model", str(tmp_path))
+    assert "tokenizer.json" in line and str(tmp_path) in line
 
 
 def test_an_unsupported_architecture(checkpoint: Path, tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+from checkpoints import write_checkpoint, write_tokenizer
 from safetensors.torch import save_file
 from servers import RealServer
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 ROOT = Path(__file__).parents[2]
 PLUGIN = Path(__file__).parent / "third_party"
@@ -84,9 +84,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "max_position_embeddings": 64,
     }
     (folder / "config.json").write_text(json.dumps(config))
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(SIZE)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_tokenizer(folder, SIZE)
     yield folder
 
 
@@ -113,8 +111,6 @@ def test_a_broken_third_party_plugin_harms_nobody_and_is_named(
     init.write_text(init.read_text() + "\nimport a_package_that_is_not_there\n")
     environment.install(build(plugin_source, plugin_source / "dist"))
     (tmp_path / "llama").mkdir()
-    from checkpoints import write_checkpoint
-
     write_checkpoint(tmp_path / "llama", "llama-gqa")
     shutil.copy(tiny_model / "tokenizer.json", tmp_path / "llama")
     with RealServer(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -34,13 +33,3 @@ def test_listing_the_plugins_imports_nothing_heavy() -> None:
 def test_reading_the_configuration_imports_nothing_heavy() -> None:
     imports = "from lightllm.config import *\nfrom lightllm.plugins import *\n"
     assert loaded_by(imports + "read_config([], {}, Plugins.discover(quiet=True))") == []
-
-
-def test_listing_the_plugins_takes_less_than_half_a_second() -> None:
-    def once() -> float:
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "lightllm", "plugins"], capture_output=True, timeout=60, check=True)
-        return time.perf_counter() - start
-
-    # The machine may be busy with something else; it is not so five times in a row.
-    assert min(once() for _ in range(5)) < 0.5

@@ -91,6 +91,7 @@ class FakeGeneration:
                     step = next(scripts[index], None)
                     if step is None:
                         live.discard(index)
+                    if not step:
                         continue
                     fields = dict(id="x", index=index, cached_tokens=self._engine.cached, **step)
                     if index == 0:
@@ -131,7 +132,7 @@ class FakeGeneration:
 
 
 class FakeEngine:
-    """``script(prompt, params, index)`` yields the fields of a choice's outputs, one a step."""
+    """``script(prompt, params, index)`` yields the fields of a choice's outputs, one a step; {} for a step without."""
 
     def __init__(self, script=says("Hello!")):
         self.ready = Ready(max_model_len=200, total_slots=1000, vocab_size=257)
@@ -165,9 +166,7 @@ class Running:
         self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=30)
 
     def chat(self, text="hi", **fields):
-        return self.openai.chat.completions.create(
-            model="tiny", messages=[{"role": "user", "content": text}], **fields
-        )
+        return self.openai.chat.completions.create(model="tiny", messages=[{"role": "user", "content": text}], **fields)
 
     def post(self, path="/v1/chat/completions", **fields):
         if path == "/v1/chat/completions":

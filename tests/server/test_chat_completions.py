@@ -128,7 +128,12 @@ def test_logprobs_are_openais(server):
     assert content[0].bytes == [ord("H")]
     assert content[0].logprob == -0.5
     assert [(t.token, t.logprob) for t in content[0].top_logprobs] == [("H", -0.5), ("z", -1.5), ("<eos>", -9999.0)]
-    streamed = [t for c in server.chat(logprobs=True, top_logprobs=3, stream=True) if c.choices[0].logprobs for t in c.choices[0].logprobs.content]
+    streamed = [
+        t
+        for c in server.chat(logprobs=True, top_logprobs=3, stream=True)
+        if c.choices[0].logprobs
+        for t in c.choices[0].logprobs.content
+    ]
     assert streamed == content
     plain = server.chat(logprobs=True).choices[0].logprobs.content
     assert all(t.top_logprobs == [] for t in plain)

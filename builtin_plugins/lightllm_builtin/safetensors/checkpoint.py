@@ -46,6 +46,8 @@ class FolderCheckpoint:
             raise UserError(
                 f"{self.path} has its tokenizer in tokenizer.model: reading it needs `pip install {lacking}`"
             )
+        if not any((self.path / name).is_file() for name in _OTHER_TOKENIZERS):
+            raise UserError(f"{self.path} has no tokenizer: neither tokenizer.json nor {', '.join(_OTHER_TOKENIZERS)}")
         # sentencepiece, tekken and tiktoken files: transformers knows how to turn each into a fast tokenizer
         from transformers import AutoTokenizer
 
@@ -76,6 +78,9 @@ class FolderCheckpoint:
         if not isinstance(content, dict):
             raise UserError(f"{file} does not hold a JSON object")
         return content
+
+
+_OTHER_TOKENIZERS = ("tokenizer.model", "tekken.json", "vocab.json", "vocab.txt")
 
 
 def _lacking(*modules: str) -> str:

@@ -150,8 +150,12 @@ class EngineClient:
         # Our end of its stdin is its lifeline. Ctrl-C must reach only us: we stop it in good order.
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
-    async def run(self) -> None:
-        """Serve the line until `stop`. Raises UserError when the engine cannot be started or kept alive."""
+    async def run(self, on_ready: Callable[[], None] = lambda: None) -> None:
+        """Serve the line until `stop`. ``on_ready`` is called once, when the engine takes requests for the first time.
+
+        Raises UserError when the engine cannot be started or kept alive.
+        """
+        self._on_ready: Callable[[], None] | None = on_ready
         deaths = 0
         while True:
             self._life_steps = 0
@@ -159,13 +163,13 @@ class EngineClient:
             if self._stopping:
                 return
             deaths = 1 if self._life_steps else deaths + 1
-            started, self.ready = self.ready is not None, None
+            self.ready = None
             code = self._process.returncode if self._process else None
             reason = fatal.message if fatal else _obituary(code)
             for generation in list(self._live.values()):
                 generation.put(EngineUnavailable(reason))
             self._live.clear()
-            if not started or deaths > RESTARTS:
+            if self._on_ready is not None or deaths > RESTARTS or (fatal and fatal.user):
                 raise UserError(reason)
             log.error("%s; restarting it", reason)
             await asyncio.sleep(min(2.0 ** (deaths - 1) - 1, 10))
@@ -218,15 +222,18 @@ class EngineClient:
             elif isinstance(report, Ready):
                 self._on_loading(None)
                 self.ready = report
+                if self._on_ready is not None:
+                    self._on_ready()
+                    self._on_ready = None
             elif isinstance(report, Fatal):
                 return report
 
     async def stop(self) -> None:
-        """End the engine: politely, then not."""
+        """End the engine: politely, then not. One that is still loading does not listen yet."""
         self._stopping = True
-        self.send(Shutdown())
         process = self._process
-        if process is not None:
+        if process is not None and self.ready is not None:
+            self.send(Shutdown())
             try:
                 await asyncio.wait_for(asyncio.to_thread(process.wait, STOP_SECONDS), STOP_SECONDS + 1)
             except (subprocess.TimeoutExpired, asyncio.TimeoutError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +26,8 @@ def die_with_parent() -> None:
     """End this process when the one that started it is gone, however it went: its end of our stdin closes."""
 
     def wait() -> None:
-        while sys.stdin.buffer.read(1024):
+        # not sys.stdin: a daemon thread inside its lock is fatal when the interpreter shuts down
+        while os.read(0, 1024):
             pass
         os._exit(1)
 

@@ -62,8 +62,8 @@ def _api(state: ServerState) -> list[Any]:
         return _json(ModelList(data=[_card(state, name) for name in state.model_names]))
 
     @get("/v1/models/{name:path}")
-    async def model(name: str) -> ASGIApp:
-        return _json(_card(state, state.model_name(str(name).removeprefix("/"))))
+    async def model(request: Request[Any, Any, Any]) -> ASGIApp:
+        return _json(_card(state, state.model_name(str(request.path_params["name"]).removeprefix("/"))))
 
     @get("/health", opt=OPEN)
     async def health() -> ASGIApp:

@@ -122,6 +122,12 @@ class CompletionRequest(Generating, kw_only=True):
     suffix: str | None = None
 
 
+REQUEST_FIELDS = frozenset(
+    field.encode_name for kind in (ChatRequest, CompletionRequest) for field in msgspec.structs.fields(kind)
+)
+"""What no plugin may claim."""
+
+
 class TokenizeRequest(msgspec.Struct, kw_only=True):
     """POST /tokenize, of a prompt or of messages"""
 

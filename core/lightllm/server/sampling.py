@@ -81,21 +81,20 @@ def generation_defaults(generation: Mapping[str, Any]) -> dict[str, float]:
     return defaults
 
 
-def claimed(claims: Mapping[str, Validator], unknown: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that logits processors claim, each processor having agreed to its own. Others are ignored."""
+def claimed(claims: Mapping[str, Validator | None], unknown: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that logits processors claim, each plugin having agreed to its own. Others are ignored."""
     extra: dict[str, Any] = {}
-    of_processor: dict[Validator, dict[str, Any]] = {}
+    of_plugin: dict[Validator, dict[str, Any]] = {}
     for name, value in unknown.items():
         if name not in claims:
             log.debug("request field %r is not known and ignored", name)
         elif value is not None:
             extra[name] = value
-            of_processor.setdefault(claims[name], {})[name] = value
-    for validate, fields in of_processor.items():
-        try:
-            validate(fields)
-        except ValueError as error:
-            raise ApiError(f"Invalid value for {', '.join(fields)}: {error}", param=next(iter(fields))) from None
+            if validate := claims[name]:
+                of_plugin.setdefault(validate, {})[name] = value
+    for validate, fields in of_plugin.items():
+        if reason := validate(fields):
+            raise ApiError(f"Invalid value for {', '.join(fields)}: {reason}", param=next(iter(fields)))
     return extra
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lightllm.server")
 
-Validator = Callable[[Mapping[str, Any]], None]
+Validator = Callable[[Mapping[str, Any]], str | None]
 
 LONG_TEXT = 20_000
 """Characters from which on a text is encoded in a thread, to keep the streams going meanwhile."""
@@ -31,7 +31,7 @@ LONG_TEXT = 20_000
 
 @dataclass(frozen=True, kw_only=True)
 class ServerState:
-    """``claims``: extra request field -> the `LogitsProcessor.validate` of the plugin that claims it.
+    """``claims``: extra request field -> the `LogitsProcessorRecord.validate` of the plugin that claims it.
 
     ``model_names``: what clients may call the model; the first is its name, the others are aliases.
     """
@@ -44,7 +44,7 @@ class ServerState:
     chat_template: ChatTemplate | None = None
     tool_parser: Callable[[Sequence[Mapping[str, Any]]], ToolParser] | None = None
     reasoning_parser: Callable[[str], ReasoningParser] | None = None
-    claims: Mapping[str, Validator] = field(default_factory=dict)
+    claims: Mapping[str, Validator | None] = field(default_factory=dict)
     listeners: Sequence[Listener] = ()
     routes: Sequence[Any] = ()
     lifespans: Sequence[AbstractAsyncContextManager[None]] = ()

@@ -1,9 +1,11 @@
+from typing import ClassVar
+
 import torch
 from torch import nn
 
 
 class Tiny(nn.Module):
-    weights = {}
+    weights: ClassVar = {}
 
     def __init__(self, info, make):
         super().__init__()
