@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import threading
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from lightllm.interfaces import UserError
 
 if TYPE_CHECKING:
     from lightllm.engine.engine import Engine
+
+log = logging.getLogger("lightllm.engine")
 
 COMMANDS, REPORTS, START = "commands", "reports", "start"
 """Names in the private directory the two processes share: two sockets, and the file that says what to build."""
@@ -48,8 +51,11 @@ def run(directory: Path, build: Callable[[Callable[[Loading], None]], Engine]) -
 
     try:
         engine = build(report)
-    except UserError as error:
-        report(Fatal(message=str(error), user=True))
+    except Exception as error:
+        user = isinstance(error, UserError)
+        if not user:
+            log.exception("the engine could not be built")
+        report(Fatal(message=str(error) if user else f"the engine: {type(error).__name__}: {error}", user=user))
         reports.close(linger=5000)
         return 1
     # What start-up left behind lives as long as the process; no collection need look at it again.

@@ -154,7 +154,7 @@ class LoadingBar:
                 self._task = None
             return
         if self._task is None:
-            self._task = self._progress.add_task(loading.stage)
+            self._task = self._progress.add_task(loading.stage, total=None)
             self._progress.start()
         self._progress.update(
             self._task, description=loading.stage, completed=loading.done, total=loading.total or None
