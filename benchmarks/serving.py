@@ -1,7 +1,7 @@
 """Serving speed, memory and start-up of this server, and of peers beside it in the same run.
 
     python benchmarks/serving.py --model demo
-    python benchmarks/serving.py --model DIR --peer '/path/to/venv/bin/vllm serve DIR --dtype float32 --port {port} ...'
+    python benchmarks/serving.py --model DIR --peer vllm 'env VLLM_CPU_KVCACHE_SPACE=4 vllm serve DIR --port {port} ...'
 
 Each server is started once (its time to the first healthy answer is taken), then they are measured in turn at each
 concurrency, ``--rounds`` times over, so that a drifting machine hits all of them. Every prompt is different; answers
@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -34,7 +34,6 @@ class Server:
     name: str
     command: list[str]
     port: int
-    env: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
     model: str = ""
 
@@ -45,7 +44,6 @@ class Server:
             self.command,
             stdout=log.open("wb"),
             stderr=subprocess.STDOUT,
-            env=os.environ | self.env,
             start_new_session=True,
         )
         url = f"http://127.0.0.1:{self.port}"
@@ -147,9 +145,9 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--args", default="", help="more options for our server")
-    parser.add_argument("--peer", help="command of a peer; {port} is filled in")
-    parser.add_argument("--peer-name", default="vllm")
-    parser.add_argument("--peer-env", default="", help="A=1 B=2")
+    parser.add_argument(
+        "--peer", nargs=2, metavar=("NAME", "COMMAND"), action="append", default=[], help="{port} is filled in"
+    )
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--prompt", type=int, default=256, help="tokens in")
     parser.add_argument("--output", type=int, default=128, help="tokens out")
@@ -160,10 +158,9 @@ def main() -> None:
     port = free_port()
     ours = [sys.executable, "-m", "lightllm", "--model", options.model, "--dtype", options.dtype, "--port", str(port)]
     servers = [Server("lightllm-serve", [*ours, *shlex.split(options.args)], port)]
-    if options.peer:
+    for name, command in options.peer:
         port = free_port()
-        env = dict(item.split("=", 1) for item in options.peer_env.split())
-        servers.append(Server(options.peer_name, shlex.split(options.peer.replace("{port}", str(port))), port, env))
+        servers.append(Server(name, shlex.split(command.replace("{port}", str(port))), port))
     write = sys.stdout.write
     try:
         for server in servers:
@@ -187,11 +184,11 @@ def main() -> None:
                 tpot = statistics.median(r.tpot for r in runs)
                 middle[name] = (speed, ttft, tpot)
                 write(f"| {concurrency} | {name} | {speed:.1f} | {ttft:.3f} | {1000 * tpot:.1f} |\n")
-            if len(servers) == 2:
-                a, b = (middle[server.name] for server in servers)
-                write(
-                    f"| {concurrency} | times the peer | {a[0] / b[0]:.2f} | {b[1] / a[1]:.2f} | {b[2] / a[2]:.2f} |\n"
-                )
+            a = middle[servers[0].name]
+            for peer in servers[1:]:
+                b = middle[peer.name]
+                times = f"{a[0] / b[0]:.2f} | {b[1] / a[1]:.2f} | {b[2] / a[2]:.2f}"
+                write(f"| {concurrency} | times {peer.name} | {times} |\n")
             sys.stdout.flush()
         for server in servers:
             for name, megabytes in server.memory().items():

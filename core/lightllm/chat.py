@@ -106,7 +106,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **{**self._tokens, **variables},
             )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+        except _TEMPLATE_ERRORS as error:
             raise ChatError(f"the chat template refused these messages: {error}") from None
 
     def _prepare(self, message: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -161,6 +161,15 @@ class ChatTemplate:
         return mark in text and "'text'" not in text
 
 
+_TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    RecursionError,
+)
 _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _TEXT_PARTS: Mapping[Any, str] = {"text": "text", "input_text": "text", "refusal": "refusal"}
@@ -193,7 +202,7 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
         if isinstance(arguments, str):
             try:
                 value = json.loads(arguments)
-            except ValueError:
+            except (ValueError, RecursionError):
                 value = None
             # what a model once wrote need not be JSON; then the text is all there is to show
             arguments = value if isinstance(value, dict) else arguments

@@ -134,11 +134,11 @@ class FakeGeneration:
 class FakeEngine:
     """``script(prompt, params, index)`` yields the fields of a choice's outputs, one a step; {} for a step without."""
 
-    def __init__(self, script=says("Hello!")):
+    def __init__(self, script=None):
         self.ready = Ready(max_model_len=200, total_slots=1000, vocab_size=257)
         self.stats = Stats()
         self.healthy = True
-        self.script = script
+        self.script = script or says("Hello!")
         self.delay: float | None = 0.0
         self.cached = 3
         self.backwards = False
@@ -239,7 +239,7 @@ def server(_module_server):
     return _module_server
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def kit():
     """What tests with a server of their own need."""
     return SimpleNamespace(

@@ -5,8 +5,6 @@ import json
 import openai
 import pytest
 
-from lightllm import CallArguments, CallStart, Reasoning, Text
-
 
 def joined(chunks, index=0):
     deltas = [c.choices[0] for c in chunks if c.choices and c.choices[0].index == index]
@@ -247,62 +245,3 @@ def test_many_streams_at_once_do_not_mix(server, kit):
             return await asyncio.gather(*(one(i) for i in range(32)))
 
     assert asyncio.run(all_of_them()) == [f"{i:03}" * 20 for i in range(32)]
-
-
-# --- tools and reasoning
-
-WEATHER = {"type": "function", "function": {"name": "get_current_weather", "parameters": {"type": "object"}}}
-
-
-class Brackets:
-    """[name args] is a call; # is a bug."""
-
-    def __init__(self, tools):
-        assert tools
-        self.held = ""
-        self.count = 0
-
-    def push(self, text):
-        for char in text:
-            if char == "#":
-                raise RuntimeError("cannot read #")
-            if char == "[":
-                self.held = char
-            elif not self.held:
-                yield Text(char)
-            elif self.held == "in":
-                if char == "]":
-                    self.held, self.count = "", self.count + 1
-                else:
-                    yield CallArguments(self.count, char)
-            elif char == " ":
-                yield CallStart(self.count, self.held[1:])
-                self.held = "in"
-            else:
-                self.held += char
-
-    def close(self):
-        return ()
-
-
-class Thought:
-    def __init__(self, prompt):
-        self.thinking = prompt.endswith("<assistant>")
-
-    def push(self, text):
-        for char in text:
-            if char == "|":
-                self.thinking = False
-            else:
-                yield Reasoning(char) if self.thinking else Text(char)
-
-    def close(self):
-        return ()
-
-
-@pytest.fixture(scope="module")
-def tooled():
-    from conftest_server import running  # type: ignore[import-not-found]
-
-    with running(tool_parser=Brackets) as server:
-        yield server

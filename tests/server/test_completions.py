@@ -1,5 +1,6 @@
 """POST /v1/completions through the official client and real sockets, against a scripted engine."""
 
+import itertools
 import json
 
 import openai
@@ -43,7 +44,7 @@ def streamed(server, prompt="ab", **fields) -> dict:
 
 def repeats(kit):
     """A script that says its prompt and the choice's number, so that choices can be told apart."""
-    return lambda prompt, params, index: kit.says(bytes(prompt) + b"/%d" % index)(prompt, params, index)
+    return lambda prompt, params, index: kit.says(bytes(prompt) + f"/{index}".encode())(prompt, params, index)
 
 
 # --- answers
@@ -104,14 +105,24 @@ def test_the_choices_of_several_prompts_come_prompt_by_prompt(server, kit, promp
     assert usage == answer.usage
 
 
-def test_one_prompts_stop_string_leaves_the_other_prompts_alone(server, kit):
-    server.engine.script = repeats(kit)
+def test_one_choices_stop_string_leaves_the_others_alone(server, kit):
+    texts = {(97, 0): "a#and more", (97, 1): "to its end", (98, 0): "#and more", (98, 1): "bb#and more"}
+    server.engine.script = lambda prompt, params, index: kit.says(texts[prompt[0], index])(prompt, params, index)
     server.engine.delay = 0.002
-    expected = {0: ("ab/", "stop", None), 1: ("ab/1", "stop", None), 2: ("c0d/", "stop", None), 3: ("c", "stop", None)}
-    expected[2] = expected[3] = ("c", "stop", None)
-    assert whole(server, ["ab", "c0d"], n=2, stop="0") == expected
-    assert [generation.aborted for generation in server.engine.generations] == [[0], [0, 1]]
-    assert streamed(server, ["ab", "c0d"], n=2, stop="0") == expected
+    expected = {0: ("a", "stop", None), 1: ("to its end", "stop", None), 2: ("", "stop", None), 3: ("bb", "stop", None)}
+    for way in (whole, streamed):
+        assert way(server, ["a", "b"], n=2, stop="#") == expected
+        first, second = server.engine.generations[-2:]
+        assert (first.aborted, second.aborted) == ([0], [0, 1])
+
+
+def test_one_prompts_last_words_do_not_wait_for_the_other_prompts(server, kit):
+    server.engine.script = lambda prompt, *_: iter([dict(tokens=[65], finish="length")] if prompt == [0] else forever)
+    forever = itertools.repeat({})  # never a word
+    server.engine.delay = 0.01
+    with complete(server, [[0], [1]], stream=True, timeout=5) as stream:
+        assert next(stream).choices[0].finish_reason == "length"
+    kit.until(lambda: server.engine.last.aborted)
 
 
 VARIANTS = [
@@ -130,7 +141,7 @@ VARIANTS = [
 @pytest.mark.parametrize("fields", VARIANTS, ids=str)
 @pytest.mark.parametrize("delay", [None, 0.001])
 def test_streamed_and_whole_agree(server, kit, fields, delay):
-    server.engine.script = lambda prompt, params, index: kit.says("é 日本 🙂/%d" % index)(prompt, params, index)
+    server.engine.script = lambda prompt, params, index: kit.says(f"é 日本 🙂/{index}")(prompt, params, index)
     server.engine.delay = delay
     server.engine.backwards = True
     prompts = ["é", [0xF0, 0x9F, 0x99, 0x82], "x"]
@@ -171,7 +182,7 @@ def test_no_token_is_made_where_none_was_asked_for(server, n):
 
 @pytest.mark.parametrize("prompt", ["a🙂", list("a🙂".encode())], ids=["text", "tokens"])
 def test_an_echo_puts_the_prompt_before_every_choice(server, kit, prompt):
-    server.engine.script = lambda prompt, params, index: kit.says("?%d" % index)(prompt, params, index)
+    server.engine.script = lambda prompt, params, index: kit.says(f"?{index}")(prompt, params, index)
     expected = {0: ("a🙂?0", "stop", None), 1: ("a🙂?1", "stop", None)}
     assert whole(server, prompt, n=2, echo=True) == expected
     assert streamed(server, prompt, n=2, echo=True) == expected
@@ -199,17 +210,18 @@ def test_a_prompt_is_scored_without_making_a_token(server, prompt):
     assert answer.usage.completion_tokens == 0
 
 
-def test_the_prompts_score_is_waited_for_by_every_choice(server, kit):
+def test_every_choice_waits_for_its_own_prompts_score(server, kit):
     def script(prompt, params, index):
-        # the first choice brings the score; the second prompt's only when all else has begun
-        yield from [{}] * (3 if index == 0 else 0) * (3 if prompt == [99, 100] else 1)
-        yield from kit.says("!")(prompt, params, index)
+        if index == 0:  # brings the score, the second prompt's long after the first's
+            yield from [{}] * (1 if prompt[0] == ord("a") else 5)
+        yield from kit.says("!" if index else "!?!")(prompt, params, index)
 
     server.engine.script = script
-    scores = {i: ["a", "b", "!"] if i < 2 else ["c", "d", "!"] for i in range(4)}
+    server.engine.delay = 0.005
     for way in (whole, streamed):
         found = way(server, ["ab", "cd"], n=2, echo=True, logprobs=0)
-        assert {i: logprobs["tokens"] for i, (_, _, logprobs) in found.items()} == scores
+        scored = ["".join(logprobs["tokens"]) for _, (_, _, logprobs) in sorted(found.items())]
+        assert scored == ["ab!?!", "ab!", "cd!?!", "cd!"]
 
 
 @pytest.mark.parametrize("prompt", ["a<eos>b", [97, 256, 98]], ids=["text", "tokens"])
@@ -247,7 +259,7 @@ def test_offsets_count_characters(server, kit):
 
 def test_logprobs_without_a_token_are_empty_not_null(server, kit):
     server.engine.script = kit.says("")
-    assert whole(server, logprobs=0) == {0: ("", "stop", dict.fromkeys(LISTS, []))}
+    assert whole(server, logprobs=0) == {0: ("", "stop", {name: [] for name in LISTS})}
 
 
 def test_prompt_logprobs_are_vllms_and_of_each_prompt(server):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -25,13 +26,17 @@ COMMANDS, REPORTS, START = "commands", "reports", "start"
 """Names in the private directory the two processes share: two sockets, and the file that says what to build."""
 
 
-def die_with_parent() -> None:
-    """End this process when the one that started it is gone, however it went: its end of our stdin closes."""
+def die_with_parent(directory: Path) -> None:
+    """End this process when the one that started it is gone, however it went: its end of our stdin closes.
+
+    The directory is then ours to clear away.
+    """
 
     def wait() -> None:
         # not sys.stdin: a daemon thread inside its lock is fatal when the interpreter shuts down
         while os.read(0, 1024):
             pass
+        shutil.rmtree(directory, ignore_errors=True)
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True, name="lifeline").start()
@@ -39,7 +44,7 @@ def die_with_parent() -> None:
 
 def run(directory: Path, build: Callable[[Callable[[Loading], None]], Engine]) -> int:
     """Build the engine and serve until told to stop. ``build`` is given a function that reports progress."""
-    die_with_parent()
+    die_with_parent(directory)
     context = zmq.Context()
     commands, reports = context.socket(zmq.PULL), context.socket(zmq.PUSH)
     commands.connect(f"ipc://{directory / COMMANDS}")

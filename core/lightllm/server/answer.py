@@ -86,15 +86,22 @@ class Choice:
         if self._job.nothing:
             self.finish = "length" if output.finish else None
             return Piece(self.index, [], [], self.finish)
+        # tokens too early to end the answer: no stop string is sought in them, however they arrive
+        free = max(0, self._job.params.min_tokens - 1 - self.generated) if self._stops else len(output.tokens)
         self.generated += len(output.tokens) + (output.stop_token is not None)
-        text = self._decode(output)
+        text, rest = self._decode(output, 0, free), self._decode(output, free, len(output.tokens))
         finish = output.finish
-        if self._stops is not None and self.generated >= self._job.params.min_tokens:
-            text, stop = self._stops.push(text)
+        if finish is not None:
+            rest += self._decoder.close()
+        if self._stops is not None:
+            rest, stop = self._stops.push(rest)
+            text += rest
             if stop is not None:
                 finish = "stop"
             elif finish is not None:
                 text += self._stops.close()
+        else:
+            text += rest
         self.finish = finish
         self._emitted += len(text)
         if self._parser is None:
@@ -105,17 +112,16 @@ class Choice:
                 events += self._parser.close()
         return Piece(self.index, events, self._due(), finish)
 
-    def _decode(self, output: Output) -> str:
+    def _decode(self, output: Output, start: int, end: int) -> str:
+        tokens = output.tokens[start:end]
         if output.logprobs is None:
-            text = self._decoder.push(output.tokens)
+            text = self._decoder.push(tokens)
         else:
             text = ""
-            for token, entry in zip(output.tokens, output.logprobs, strict=True):
-                start = self._decoded + len(text)
+            for token, entry in zip(tokens, output.logprobs[start:end], strict=True):
+                begin = self._decoded + len(text)
                 text += self._decoder.push([token])
-                self._pending.append((start, self._decoded + len(text), entry))
-        if output.finish is not None:
-            text += self._decoder.close()
+                self._pending.append((begin, self._decoded + len(text), entry))
         self._decoded += len(text)
         return text
 
@@ -140,10 +146,11 @@ class Run:
         """Prompt number -> its logprobs, there before the first piece of its choices."""
         self._state = state
         self._choices = [Choice(state.tokenizer, job, i) for i in range(len(job.prompts) * job.n)]
+        self._open = len(self._choices)
         self._cached: dict[int, int] = {}
         self._generations: list[Generation] = []
         self._contexts = AsyncExitStack()
-        self._queue: asyncio.Queue[tuple[int, Output] | Exception | None] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[int, Output] | Exception] = asyncio.Queue()
         self._started = time.monotonic()
         self._first: float | None = None
         self._error: str | None = None
@@ -213,8 +220,10 @@ class Run:
                         error = output.error or "the generation was aborted"
                         continue
                     pieces.append(choice.push(output))
-                    if output.finish is None and choice.finish is not None:
-                        self._generations[number].abort(output.index)
+                    if choice.finish is not None:
+                        self._open -= 1
+                        if output.finish is None:
+                            self._generations[number].abort(output.index)
                     error = error or choice.failure
                 if self._first is None:
                     self._first = time.monotonic() - self._started
@@ -225,7 +234,7 @@ class Run:
     async def _batches(self) -> AsyncGenerator[list[tuple[int, Output]], None]:
         """Outputs, several at once when they are there already: who reads slowly gets fewer, larger events."""
         batch: dict[tuple[int, int], Output] = {}
-        held: list[tuple[int, Output]] = []
+        held: dict[int, list[Output]] = {}
         wants_prompt = self.job.params.prompt_logprobs is not None
         try:
             async with aclosing(self._outputs()) as outputs:
@@ -233,13 +242,12 @@ class Run:
                     self._note(number, output)
                     if wants_prompt and number not in self.prompt_logprobs and output.finish != "error":
                         # another choice than the one that brings the prompt's
-                        held.append((number, output))
-                        continue
-                    for n, o in [*held, (number, output)]:
-                        old = batch.get((n, o.index))
-                        batch[n, o.index] = o if old is None else _joined(old, o)
-                    held.clear()
-                    if not self._waiting():
+                        held.setdefault(number, []).append(output)
+                    else:
+                        for o in [*held.pop(number, ()), output]:
+                            old = batch.get((number, o.index))
+                            batch[number, o.index] = o if old is None else _joined(old, o)
+                    if batch and not self._waiting():
                         yield [(n, o) for (n, _), o in batch.items()]
                         batch.clear()
         except Exception:
@@ -266,15 +274,12 @@ class Run:
             return
         tasks = [asyncio.create_task(self._pump(i, generation)) for i, generation in enumerate(self._generations)]
         try:
-            open = len(tasks)
-            while open:
+            # not "while a pump runs": one whose choices a stop string has ended gets nothing more, not even an end
+            while self._open:
                 item = await self._queue.get()
-                if item is None:
-                    open -= 1
-                elif isinstance(item, Exception):
+                if isinstance(item, Exception):
                     raise item
-                else:
-                    yield item
+                yield item
         finally:
             for task in tasks:
                 task.cancel()
@@ -284,7 +289,6 @@ class Run:
         try:
             async for output in generation:
                 self._queue.put_nowait((number, output))
-            self._queue.put_nowait(None)
         except Exception as error:
             self._queue.put_nowait(error)
 

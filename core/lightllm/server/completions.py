@@ -192,14 +192,24 @@ class CompletionShape:
     def _add_prompt(self, entries: _Entries, number: int, run: Run) -> None:
         tokens = self._prompts[number].tokens
         decoder = self._tokenizer.decoder(skip_special_tokens=self._job.skip_special_tokens)
+        echo = self._echoes[number]
+
+        def length(token: int, offset: int) -> int:
+            """In the echo, which has the special tokens that were written in the text, but not those added to it."""
+            text = decoder.push([token])
+            if not text and token in self._tokenizer.special_ids:
+                special = self._tokenizer.token_text(token)
+                return len(special) if echo.startswith(special, offset) else 0
+            return len(text)
+
         entries.tokens.append(self._tokenizer.token_text(tokens[0]))
         entries.logprobs.append(None)
         entries.top.append(None)
         entries.offsets.append(0)
-        offset = len(decoder.push(tokens[:1]))
+        offset = length(tokens[0], 0)
         for entry in run.prompt_logprobs.get(number, []):
             self._add(entries, offset, entry)
-            offset += len(decoder.push([entry.token]))
+            offset += length(entry.token, offset)
 
     def _add(self, entries: _Entries, offset: int, entry: Logprobs) -> None:
         text_of = self._tokenizer.token_text

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from lightllm.engine.request import Ready, SamplingParams
 from lightllm.server.protocol import ApiError, ChatRequest, Generating
 from lightllm.server.state import ServerState, Validator
@@ -39,7 +41,7 @@ def sampling_params(
     return SamplingParams(
         temperature=chosen("temperature", 1.0),
         top_p=chosen("top_p", 1.0),
-        top_k=max(chosen("top_k", 0), 0),
+        top_k=min(max(chosen("top_k", 0), 0), ready.vocab_size),
         min_p=chosen("min_p", 0.0),
         presence_penalty=request.presence_penalty or 0.0,
         frequency_penalty=request.frequency_penalty or 0.0,
@@ -89,6 +91,10 @@ def claimed(claims: Mapping[str, Validator | None], unknown: Mapping[str, Any]) 
         if name not in claims:
             log.debug("request field %r is not known and ignored", name)
         elif value is not None:
+            try:
+                msgspec.msgpack.encode(value)
+            except (OverflowError, RecursionError) as error:
+                raise ApiError(f"Invalid value for {name!r}: {error}", param=name) from None
             extra[name] = value
             if validate := claims[name]:
                 of_plugin.setdefault(validate, {})[name] = value
