@@ -60,15 +60,23 @@ class Server:
                     time.sleep(0.1)
         raise SystemExit(f"{self.name} did not answer in 600 s; see {log}")
 
-    def memory(self) -> dict[str, float]:
-        """Resident MB of each process."""
+    def processes(self) -> list[psutil.Process]:
         assert self.process is not None
         root = psutil.Process(self.process.pid)
-        processes = [root, *root.children(recursive=True)]
-        return {f"{p.name()[:20]} {p.pid}": p.memory_info().rss / 1e6 for p in processes}
+        return [root, *root.children(recursive=True)]
+
+    def memory(self) -> dict[str, float]:
+        """Resident MB of each process."""
+        return {f"{p.name()[:20]} {p.pid}": p.memory_info().rss / 1e6 for p in self.processes()}
+
+    def pause(self, paused: bool) -> None:
+        """Some servers keep a core busy while they wait: only the one that is measured may run."""
+        for process in self.processes():
+            process.suspend() if paused else process.resume()
 
     def stop(self) -> None:
         if self.process is not None and self.process.poll() is None:
+            self.pause(False)
             os.killpg(self.process.pid, signal.SIGTERM)
             try:
                 self.process.wait(30)
@@ -166,17 +174,20 @@ def main() -> None:
         for server in servers:
             seconds = server.start(options.log / f"bench-{server.name}.log")
             write(f"{server.name}: first answer after {seconds:.1f} s\n")
-        for server in servers:  # one request each to warm up
-            asyncio.run(measure(server, 1, options.prompt, 8, 1))
+            server.pause(True)
         write("| concurrency | server | output tok/s | median TTFT s | median TPOT ms |\n" + 5 * "| --- " + "|\n")
         for concurrency in options.concurrency:
             results: dict[str, list[Result]] = {server.name: [] for server in servers}
             for _ in range(options.rounds):
                 for server in servers:
+                    server.pause(False)
+                    # one more than is measured: the first finds cold caches
+                    asyncio.run(measure(server, 1, options.prompt, 2, 1))
                     requests = max(2, concurrency)
                     results[server.name].append(
                         asyncio.run(measure(server, concurrency, options.prompt, options.output, requests))
                     )
+                    server.pause(True)
             middle = {}
             for name, runs in results.items():
                 speed = statistics.median(r.tokens_per_second for r in runs)

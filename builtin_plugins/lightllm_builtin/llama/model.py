@@ -90,7 +90,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, -1)
-        y: Tensor = self.down_proj(F.silu(gate) * up)
+        y: Tensor = self.down_proj(F.silu(gate).mul_(up))
         return y
 
 

@@ -1,7 +1,9 @@
 """Attention over the token-granular KV pool with `scaled_dot_product_attention`.
 
-Prompts (several new tokens) are done one by one; decodes (one new token) in groups of similar length, padded. Query
-heads that share a kv head become rows of one query matrix, so that keys and values are never repeated in memory.
+Prompts (several new tokens) are done one by one, reading slots that follow each other in place. Decodes (one new
+token) are gathered in groups of similar length, padded: one call keeps all cores busy, which outweighs the copy (32
+sequences of 272 tokens, SmolLM2, a step on 2 cores: 38 against 52 ms). Query heads that share a kv head become rows of
+one query matrix, so that keys and values are never repeated in memory.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ class Prompt:
     end: int
     keys: Tensor | slice
     mask: Tensor | None
-    """[new, context] bool, True where a query may look; None: plain causal over the new tokens."""
+    """[new, context], added to the scores: 0 where a query may look, else -inf; None: causal over the new."""
     buffers: Buffers = field(default_factory=dict)
 
 
@@ -41,7 +43,7 @@ class Decodes:
     rows: Tensor | slice
     keys: Tensor | slice
     mask: Tensor | None
-    """[rows, 1, 1, longest] bool; None: all of them."""
+    """[rows, 1, 1, longest], to be added to the scores; None: all are seen."""
     buffers: Buffers = field(default_factory=dict)
 
 
@@ -59,7 +61,7 @@ class TorchAttention:
     def __init__(self, job: AttentionJob, pool: KVPool) -> None:
         self.pool = pool
         self.windows = {layer.window for layer in job.layers}
-        self.device = torch.device(job.device)
+        self.device, self.dtype = torch.device(job.device), getattr(torch, job.dtype)
 
     def plan(self, batch: Batch) -> dict[int | None, Plan]:
         """One plan per sliding window in use: each sees another part of the context."""
@@ -74,14 +76,6 @@ class TorchAttention:
             else:
                 plan.prompts.append(self._prompt(start, new, context, table, window))
             start += new
-        gathered = []
-        for row, table in decodes:
-            keys = _run(table)
-            if isinstance(keys, slice):
-                plan.decodes.append(Decodes(1, slice(row, row + 1), keys, None))
-            else:
-                gathered.append((row, table))
-        decodes = gathered
         # Those of at least half the longest's length go together: padding at most doubles a row.
         while decodes:
             longest = max(len(table) for _, table in decodes)
@@ -100,10 +94,13 @@ class TorchAttention:
             mask = key <= query
             if window is not None:
                 mask &= key > query - window
+            mask = self._additive(mask)
         return Prompt(start, start + new, keys, mask)
 
     def _decodes(self, group: Sequence[tuple[int, Tensor]], longest: int) -> Decodes:
         first, last = group[0][0], group[-1][0]
+        if len(group) == 1:
+            return Decodes(1, slice(first, first + 1), _run(group[0][1]), None)
         rows: Tensor | slice = slice(first, last + 1)
         if last - first >= len(group):
             rows = torch.tensor([row for row, _ in group], device=self.device)
@@ -112,8 +109,12 @@ class TorchAttention:
         mask = None
         if any(len(table) < longest for table in tables):
             lengths = torch.tensor([len(table) for table in tables], device=self.device)
-            mask = (torch.arange(longest, device=self.device) < lengths[:, None])[:, None, None]
+            mask = self._additive(torch.arange(longest, device=self.device) < lengths[:, None])[:, None, None]
         return Decodes(len(group), rows, keys.flatten(), mask)
+
+    def _additive(self, mask: Tensor) -> Tensor:
+        """Made once a step: of a bool mask every layer would make it anew."""
+        return torch.zeros(mask.shape, dtype=self.dtype, device=self.device).masked_fill_(~mask, float("-inf"))
 
     def attend(self, layer: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
         pool_k, pool_v = self.pool.k[layer.layer], self.pool.v[layer.layer]

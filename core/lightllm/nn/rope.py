@@ -57,7 +57,7 @@ class Rope(nn.Module):
         self.register_buffer("exponents", exponents.to(device), persistent=False)
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """[tokens] -> cosines and sines [tokens, 1, rotated / 2], for `rotate`. Once a step, for all layers."""
+        """[tokens] -> cosines and signed sines [tokens, 1, rotated], for `rotate`. Once a step, for all layers."""
         index = positions.to(torch.float32)[:, None]
         if self.trained is None:
             angles = index * self.frequencies
@@ -69,18 +69,16 @@ class Rope(nn.Module):
             base = self.theta * (self.factor * length / self.trained - (self.factor - 1)) ** (dim / (dim - 2))
             angles = index * base**-self.exponents
         cos, sin = angles.cos() * self.magnitude, angles.sin() * self.magnitude
-        return cos.to(dtype).unsqueeze(1), sin.to(dtype).unsqueeze(1)
+        return torch.cat((cos, cos), -1).to(dtype).unsqueeze(1), torch.cat((-sin, sin), -1).to(dtype).unsqueeze(1)
 
 
 def rotate(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate the pairs (i, i + rotated / 2) of x [tokens, heads, head_dim]; dimensions past ``rotated`` are kept."""
     cos, sin = cos_sin
-    half = cos.shape[-1]
-    a, b = x[..., :half], x[..., half : 2 * half]
-    parts = [a * cos - b * sin, b * cos + a * sin]
-    if x.shape[-1] > 2 * half:
-        parts.append(x[..., 2 * half :])
-    return torch.cat(parts, -1)
+    rotated = cos.shape[-1]
+    if x.shape[-1] == rotated:
+        return torch.addcmul(x * cos, x.roll(rotated // 2, -1), sin)
+    return torch.cat((rotate(x[..., :rotated], cos_sin), x[..., rotated:]), -1)
 
 
 def _scaled(frequencies: Tensor, p: dict[str, Any], dim: int, trained: int) -> tuple[Tensor, float]:
