@@ -1,0 +1,97 @@
+"""``<think>...</think>`` at the beginning of an answer is thought; all else is content, later tags included.
+
+A thought is opened by its tag, by the prompt, or taken for granted (DeepSeek R1); its closing tag or the end of the
+text ends it. Whitespace next to the tags is dropped, as the chat templates put it there; nothing else is lost.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import ClassVar
+
+from lightllm import Reasoning, Text
+from lightllm_builtin.tool_parsers.scan import SPACE, Scanner, Steps, first_of
+
+_CLOSE = first_of("</think>")
+_REST = re.compile(r".+", re.DOTALL)
+_NOT_OPEN = re.compile(r"</think>|<[|｜]")
+"""After an opening tag in a prompt: the thought's end, or a special token of the chat format, which means that the tag
+was a part of somebody's message."""
+
+
+class ThinkParser:
+    """A `lightllm.ReasoningParser`. Time is linear; what waits is whitespace and the beginning of a tag."""
+
+    always_thinks: ClassVar[bool]
+    """Whether an answer begins in thought though neither it nor the prompt opens one."""
+
+    def __init__(self, prompt: str) -> None:
+        _, tag, begun = prompt.rpartition("<think>")
+        opened = bool(tag) and not _NOT_OPEN.search(begun)
+        self._continues = opened and bool(begun.strip())
+        self._thinks = opened or (self.always_thinks and not prompt.rstrip().endswith("</think>"))
+        self._source = Scanner()
+        self._kind: type[Text] | type[Reasoning] = Reasoning if self._thinks else Text
+        self._held: list[str] = []  # whitespace that may be next to a tag
+        self._pieces: list[str] = []
+        self._events: list[Text | Reasoning] = []
+        self._steps = self._read()
+
+    def push(self, text: str) -> list[Text | Reasoning]:
+        self._source.feed(text)
+        return self._step()
+
+    def close(self) -> list[Text | Reasoning]:
+        self._source.ended = True
+        return self._step()
+
+    def _read(self) -> Steps[None]:
+        source = self._source
+        if not self._continues:
+            yield from source.run(SPACE, self._held.append)
+            if (yield from source.literal("<think>", _drop)):
+                self._thinks = True
+                yield from source.run(SPACE, _drop)
+            if self._thinks:
+                self._held.clear()
+        if self._thinks:
+            self._kind = Reasoning
+            if (yield from source.find(_CLOSE, self._thought)):
+                self._held.clear()
+                yield from source.run(SPACE, _drop)
+        self._pieces += self._held
+        self._flush()
+        self._kind = Text
+        yield from source.run(_REST, self._pieces.append)
+
+    def _thought(self, text: str) -> None:
+        body = text.rstrip(" \t\r\n")
+        if body:
+            self._pieces += self._held
+            self._pieces.append(body)
+            self._held.clear()
+        self._held.append(text[len(body) :])
+
+    def _step(self) -> list[Text | Reasoning]:
+        next(self._steps, None)
+        self._flush()
+        events, self._events = self._events, []
+        return events
+
+    def _flush(self) -> None:
+        text = "".join(self._pieces)
+        self._pieces.clear()
+        if text:
+            self._events.append(self._kind(text))
+
+
+def _drop(text: str) -> None:
+    pass
+
+
+class DeepSeekR1Parser(ThinkParser):
+    always_thinks = True
+
+
+class Qwen3Parser(ThinkParser):
+    always_thinks = False
