@@ -6,6 +6,7 @@ and a streamed one are parsed by the same machine: a whole answer is one push an
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -349,23 +350,24 @@ class OutputParser:
 def merged(events: Iterable[Event]) -> list[Event]:
     """Successive pieces of the same text as one; empty ones dropped."""
     out: list[Event] = []
-    for event in events:
-        last = out[-1] if out else None
-        if isinstance(event, Text):
-            if isinstance(last, Text):
-                out[-1] = Text(last.text + event.text)
-            elif event.text:
-                out.append(event)
-        elif isinstance(event, Reasoning):
-            if isinstance(last, Reasoning):
-                out[-1] = Reasoning(last.text + event.text)
-            elif event.text:
-                out.append(event)
-        elif isinstance(event, CallArguments):
-            if isinstance(last, CallArguments) and last.index == event.index:
-                out[-1] = CallArguments(last.index, last.fragment + event.fragment)
-            elif event.fragment:
-                out.append(event)
-        elif isinstance(event, CallStart):
-            out.append(event)
+    for (kind, index), pieces in itertools.groupby(filter(_says_something, events), _kind):
+        if kind is CallStart:
+            out += pieces
+            continue
+        text = "".join([_text(piece) for piece in pieces])
+        out.append(CallArguments(index, text) if kind is CallArguments else kind(text))
     return out
+
+
+def _kind(event: Event) -> tuple[Any, int]:
+    return type(event), event.index if isinstance(event, CallArguments) else 0
+
+
+def _text(event: Event) -> str:
+    if isinstance(event, CallStart):
+        return event.name
+    return event.fragment if isinstance(event, CallArguments) else event.text
+
+
+def _says_something(event: Event) -> bool:
+    return isinstance(event, CallStart) or bool(_text(event))
