@@ -20,7 +20,6 @@ from lightllm.interfaces import (
     CallArguments,
     CallStart,
     Event,
-    Reasoning,
     ReasoningParser,
     Text,
     ToolParser,

@@ -2,6 +2,7 @@
 
 import json
 
+import msgspec
 import pytest
 
 from lightllm_builtin.reasoning.think import Qwen3Parser
@@ -21,6 +22,7 @@ def _tooled(kit):
 @pytest.fixture
 def tooled(_tooled):
     _tooled.engine.__init__()
+    _tooled.engine.ready = msgspec.structs.replace(_tooled.engine.ready, max_model_len=2000)
     return _tooled
 
 
