@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +43,16 @@ def test_the_capital_of_france_is_paris_whole_and_streamed(demo: RealServer) -> 
     with client(demo) as api:
         stream = api.chat.completions.create(model="demo", messages=QUESTION, temperature=0, max_tokens=40, stream=True)
         assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == whole
+
+
+def test_the_readmes_example_prints_what_it_says(demo: RealServer) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(from openai import .*?)```", readme, re.DOTALL)
+    (printed,) = re.findall(r"^prints `(.*)`", readme, re.MULTILINE)
+    assert "http://127.0.0.1:8000" in code
+    code = code.replace("http://127.0.0.1:8000", demo.url)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == printed
 
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"])
