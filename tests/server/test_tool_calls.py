@@ -96,3 +96,10 @@ def test_reasoning_comes_apart_and_before_tool_calls(tooled, kit, stream):
     assert "".join(p.content or "" for p in parts) == "Yes."
     arguments = "".join(call.function.arguments for p in parts for call in p.tool_calls or ())
     assert json.loads(arguments) == ARGUMENTS
+
+
+def test_two_tools_of_one_name_are_refused(tooled):
+    error = tooled.post(tools=[WEATHER, WEATHER])
+    assert error.status_code == 400
+    assert error.json()["error"]["param"] == "tools[1].function.name"
+    assert "get_current_weather" in error.json()["error"]["message"]

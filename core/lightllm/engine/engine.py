@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 
-import msgspec
-
-from lightllm.engine.request import Abort, Generate, Output, Ready, Step
+from lightllm.engine.request import Abort, Generate, Output, Ready, Step, joined
 from lightllm.engine.runner import Runner
 from lightllm.engine.scheduler import Scheduler
 
@@ -65,16 +63,5 @@ class Engine:
         while self.busy:
             for new in self.step().outputs:
                 old = done.get((new.id, new.index))
-                done[new.id, new.index] = new if old is None else _joined(old, new)
+                done[new.id, new.index] = new if old is None else joined(old, new)
         return done
-
-
-def _joined(old: Output, new: Output) -> Output:
-    """Two successive outputs of one choice as one."""
-    logprobs = [*(old.logprobs or ()), *(new.logprobs or ())] if old.logprobs or new.logprobs else None
-    return msgspec.structs.replace(
-        new,
-        tokens=old.tokens + new.tokens,
-        logprobs=logprobs,
-        prompt_logprobs=new.prompt_logprobs if old.prompt_logprobs is None else old.prompt_logprobs,
-    )

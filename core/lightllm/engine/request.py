@@ -83,6 +83,17 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     cached_tokens: int = 0
 
 
+def joined(old: Output, new: Output) -> Output:
+    """Two successive outputs of one choice as one."""
+    logprobs = [*(old.logprobs or ()), *(new.logprobs or ())] if old.logprobs or new.logprobs else None
+    return msgspec.structs.replace(
+        new,
+        tokens=old.tokens + new.tokens,
+        logprobs=logprobs,
+        prompt_logprobs=new.prompt_logprobs if old.prompt_logprobs is None else old.prompt_logprobs,
+    )
+
+
 class Stats(msgspec.Struct, frozen=True, kw_only=True):
     """The engine's state after a step."""
 

@@ -15,13 +15,12 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol
 
-import msgspec
 from litestar.exceptions import HTTPException
 from litestar.types import Receive, Scope, Send
 
 from lightllm.chat import OutputParser
 from lightllm.engine.client import EngineUnavailable, Generation
-from lightllm.engine.request import Logprobs, Output, SamplingParams
+from lightllm.engine.request import Logprobs, Output, SamplingParams, joined
 from lightllm.interfaces import Event, Text
 from lightllm.server.protocol import ApiError, CachedTokens, Usage
 from lightllm.server.state import ServerState
@@ -246,7 +245,7 @@ class Run:
                     else:
                         for o in [*held.pop(number, ()), output]:
                             old = batch.get((number, o.index))
-                            batch[number, o.index] = o if old is None else _joined(old, o)
+                            batch[number, o.index] = o if old is None else joined(old, o)
                     if batch and not self._waiting():
                         yield [(n, o) for (n, _), o in batch.items()]
                         batch.clear()
@@ -297,12 +296,6 @@ class Run:
         answer = api_error(error)
         self._error = answer.message
         return answer
-
-
-def _joined(old: Output, new: Output) -> Output:
-    """Two successive outputs of one choice as one."""
-    logprobs = None if old.logprobs is None and new.logprobs is None else [*(old.logprobs or ()), *(new.logprobs or ())]
-    return msgspec.structs.replace(new, tokens=old.tokens + new.tokens, logprobs=logprobs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -106,9 +106,13 @@ def _chosen(value: bool | None, *, default: bool) -> bool:
 
 def check_tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
     """The tools as they were sent, for templates to show. Raises `ApiError` for what is no tool."""
+    names: set[str] = set()
     for i, tool in enumerate(convert(tools or [], list[Tool], "tools")):
         if tool.type != "function":
             raise ApiError(f"Tools of type {tool.type!r} are not supported, only 'function'.", param=f"tools[{i}].type")
+        if tool.function.name in names:
+            raise ApiError(f"There are two tools called {tool.function.name!r}.", param=f"tools[{i}].function.name")
+        names.add(tool.function.name)
     return tools or []
 
 
