@@ -161,9 +161,10 @@ def build_engine(
     )
     backend = _attention_backend(config, plugins, job)
     sampler = _best(plugins, "samplers", config.sampler)
-    claims = claimed_fields(plugins)
-    loaded = {id(provided.record): plugins.load(provided)(info) for provided in claims.values()}
-    processors: dict[str, LogitsProcessor] = {name: loaded[id(p.record)] for name, p in claims.items()}
+    claimed_fields(plugins)  # no two plugins on one field
+    processors: dict[str, LogitsProcessor] = {}
+    for provided in plugins.records("logits_processors"):
+        processors |= dict.fromkeys(provided.record.fields, plugins.load(provided)(info))
     runner = Runner(model, plugins.load(backend)(job, pool), plugins.load(sampler)(), processors, device)
     scheduler = Scheduler(
         KVCache(slots, prefix_cache=config.prefix_cache),

@@ -7,7 +7,6 @@ import socket
 from pathlib import Path
 
 import pytest
-from checkpoints import write_checkpoint, write_tokenizer
 from servers import run_command
 
 
@@ -18,14 +17,6 @@ def one_line(*arguments: str) -> str:
     errors = [line for line in out.splitlines() if "error:" in line]
     assert len(errors) == 1, out
     return errors[0]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    write_checkpoint(folder, "llama-gqa")
-    write_tokenizer(folder)
-    return folder
 
 
 def copy(source: Path, target: Path) -> Path:

@@ -12,19 +12,10 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from checkpoints import write_checkpoint, write_tokenizer
 from servers import RealServer
 
 LONG = {"prompt": "w5 w6", "max_tokens": 200, "ignore_eos": True, "stream": True}
 SHORT = {"prompt": "w5 w6", "max_tokens": 5, "ignore_eos": True, "temperature": 0}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    write_checkpoint(folder, "llama-gqa")
-    write_tokenizer(folder)
-    return folder
 
 
 @pytest.fixture

@@ -116,7 +116,8 @@ class EngineClient:
         self._encoder = msgspec.msgpack.Encoder()
         self._process: subprocess.Popen[bytes] | None = None
         self._commands: zmq.asyncio.Socket | None = None
-        self._life = 0
+        self._on_ready: Callable[[], None] | None = None
+        self._life = self._life_steps = 0
         self._stopping = False
 
     # --- what the server uses
@@ -162,7 +163,7 @@ class EngineClient:
 
         Raises UserError when the engine cannot be started or kept alive.
         """
-        self._on_ready: Callable[[], None] | None = on_ready
+        self._on_ready = on_ready
         deaths = 0
         while True:
             self._life_steps = 0
