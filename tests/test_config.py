@@ -29,6 +29,7 @@ OPTIONS = {
     "tp": ("2", 2),
     "attention_backend": ("torch", "torch"),
     "sampler": ("standard", "standard"),
+    "grammar_backend": ("llguidance", "llguidance"),
     "max_model_len": ("4096", 4096),
     "max_total_tokens": ("9999", 9999),
     "kv_cache_memory": ("4GiB", "4GiB"),

@@ -1,5 +1,6 @@
 """What plugin authors import. Nothing here imports torch, a kernel or a web framework."""
 
+from lightllm import grammar
 from lightllm.hookspecs import hookimpl
 from lightllm.interfaces import (
     AttentionBackend,
@@ -7,9 +8,14 @@ from lightllm.interfaces import (
     AttentionJob,
     AttentionSpec,
     CallArguments,
+    CallGrammar,
+    CallIds,
     CallStart,
     Checkpoint,
     Event,
+    GrammarBackend,
+    GrammarBackendRecord,
+    GrammarMatcher,
     LinearMethod,
     LinearMethodRecord,
     Listener,
@@ -19,6 +25,7 @@ from lightllm.interfaces import (
     ModelInfo,
     ModelRecord,
     Reasoning,
+    ReasoningGrammar,
     ReasoningParser,
     ReasoningParserRecord,
     Record,
@@ -39,9 +46,14 @@ __all__ = [
     "AttentionJob",
     "AttentionSpec",
     "CallArguments",
+    "CallGrammar",
+    "CallIds",
     "CallStart",
     "Checkpoint",
     "Event",
+    "GrammarBackend",
+    "GrammarBackendRecord",
+    "GrammarMatcher",
     "LinearMethod",
     "LinearMethodRecord",
     "Listener",
@@ -51,6 +63,7 @@ __all__ = [
     "ModelInfo",
     "ModelRecord",
     "Reasoning",
+    "ReasoningGrammar",
     "ReasoningParser",
     "ReasoningParserRecord",
     "Record",
@@ -63,5 +76,6 @@ __all__ = [
     "UserError",
     "WeightFormat",
     "WeightFormatRecord",
+    "grammar",
     "hookimpl",
 ]

@@ -6,22 +6,24 @@ The only module that knows everyone. Heavy imports stay inside the functions of 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from lightllm.config import Config, parse_size
-from lightllm.interfaces import AttentionJob, Checkpoint, LogitsProcessor, ModelInfo, UserError
+from lightllm.interfaces import AttentionJob, Checkpoint, GrammarBackend, LogitsProcessor, ModelInfo, UserError
 from lightllm.plugins import Plugins, Provided, Recipe
 
 if TYPE_CHECKING:
     import torch
+    from tokenizers import Tokenizer as RawTokenizer
 
     from lightllm.chat import ChatTemplate
     from lightllm.engine.client import EngineClient
     from lightllm.engine.engine import Engine
+    from lightllm.engine.grammars import Grammars
     from lightllm.engine.request import Loading
     from lightllm.server.state import ServerState
 
@@ -91,6 +93,27 @@ def linear_method(plugins: Plugins, config: Config) -> Provided:
     return plugins.find("linear_methods", config.quantization or "dense")
 
 
+def _grammars(config: Config, plugins: Plugins, info: ModelInfo, tokenizer: Callable[[], RawTokenizer]) -> Grammars:
+    """The chosen grammar backend, to be made when it is first needed: most servers never do."""
+    from lightllm.engine.grammars import Grammars
+
+    def make() -> GrammarBackend:
+        target = plugins.load(_best(plugins, "grammar_backends", config.grammar_backend))
+        backend: GrammarBackend = target(tokenizer(), info.config["vocab_size"], info.eos_token_ids())
+        return backend
+
+    return Grammars(make)
+
+
+def _best(plugins: Plugins, kind: str, name: str) -> Provided:
+    if name != "auto":
+        return plugins.find(kind, name)
+    candidates = plugins.records(kind)
+    if not candidates:
+        raise UserError(f"no plugin provides {kind.replace('_', ' ')}")
+    return max(candidates, key=lambda p: p.record.priority)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The engine process
 
@@ -117,6 +140,7 @@ def build_engine(
 
     from lightllm.engine.engine import Engine
     from lightllm.engine.kvcache import KVCache
+    from lightllm.engine.masks import Masks
     from lightllm.engine.request import Loading, Ready
     from lightllm.engine.runner import Runner
     from lightllm.engine.scheduler import Scheduler
@@ -124,7 +148,7 @@ def build_engine(
     from lightllm.nn.layers import Make
     from lightllm.nn.weights import load_weights
 
-    format_record, _, info = open_checkpoint(plugins, path)
+    format_record, checkpoint, info = open_checkpoint(plugins, path)
     record = model_record(plugins, info)
     device = _device(config)
     dtype = _dtype(config, info, device)
@@ -165,7 +189,10 @@ def build_engine(
     processors: dict[str, LogitsProcessor] = {}
     for provided in plugins.records("logits_processors"):
         processors |= dict.fromkeys(provided.record.fields, plugins.load(provided)(info))
-    runner = Runner(model, plugins.load(backend)(job, pool), plugins.load(sampler)(), processors, device)
+    vocab_size: int = info.config["vocab_size"]
+    grammars = _grammars(config, plugins, info, checkpoint.tokenizer)
+    masks = Masks(grammars, vocab_size, device)
+    runner = Runner(model, plugins.load(backend)(job, pool), plugins.load(sampler)(), processors, masks, device)
     scheduler = Scheduler(
         KVCache(slots, prefix_cache=config.prefix_cache),
         max_batch_tokens=config.max_batch_tokens or DEFAULT_STEP_TOKENS[device.type],
@@ -181,8 +208,8 @@ def build_engine(
         f"KV cache: {slots:,} tokens ({pool_bytes / 2**30:.2f} GiB), "
         f"{slots / max_model_len:.1f} requests of the full {max_model_len:,} tokens",
     ]
-    ready = Ready(max_model_len=max_model_len, total_slots=slots, vocab_size=info.config["vocab_size"], summary=summary)
-    return Engine(scheduler, runner, ready)
+    ready = Ready(max_model_len=max_model_len, total_slots=slots, vocab_size=vocab_size, summary=summary)
+    return Engine(scheduler, runner, grammars, ready)
 
 
 def _device(config: Config) -> torch.device:
@@ -257,23 +284,20 @@ def _attention_backend(config: Config, plugins: Plugins, job: AttentionJob) -> P
         if reason is not None:
             raise UserError(f"--attention-backend {config.attention_backend}: {reason}")
         return chosen
+    records = plugins.records("attention_backends")
+    return _first_fit("attention backend", records, lambda r: r.supports(job) if r.supports else None)
+
+
+def _first_fit(what: str, candidates: Sequence[Provided], why_not: Callable[[Any], str | None]) -> Provided:
+    """The first by priority that has no reason why not; logged with the reasons of those before it."""
     passed: list[str] = []
-    for candidate in sorted(plugins.records("attention_backends"), key=lambda p: -p.record.priority):
-        reason = candidate.record.supports(job) if candidate.record.supports else None
+    for candidate in sorted(candidates, key=lambda p: -p.record.priority):
+        reason = why_not(candidate.record)
         if reason is None:
-            log.info("attention backend %s chosen%s", candidate.label, f" ({'; '.join(passed)})" if passed else "")
+            log.info("%s %s chosen%s", what, candidate.label, f" ({'; '.join(passed)})" if passed else "")
             return candidate
         passed.append(f"not {candidate.label}: {reason}")
-    raise UserError(f"no attention backend can serve this model: {'; '.join(passed) or 'none is installed'}")
-
-
-def _best(plugins: Plugins, kind: str, name: str) -> Provided:
-    if name != "auto":
-        return plugins.find(kind, name)
-    candidates = plugins.records(kind)
-    if not candidates:
-        raise UserError(f"no plugin provides {kind.replace('_', ' ')}")
-    return max(candidates, key=lambda p: p.record.priority)
+    raise UserError(f"no {what} can serve this model: {'; '.join(passed) or 'none is installed'}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -318,7 +342,11 @@ def _check_choices(config: Config, plugins: Plugins, info: ModelInfo) -> None:
     """Everything that was asked for by name exists."""
     model_record(plugins, info)
     linear_method(plugins, config)
-    for kind, name in (("attention_backends", config.attention_backend), ("samplers", config.sampler)):
+    for kind, name in (
+        ("attention_backends", config.attention_backend),
+        ("samplers", config.sampler),
+        ("grammar_backends", config.grammar_backend),
+    ):
         if name != "auto":
             plugins.find(kind, name)
 
@@ -334,23 +362,38 @@ def _server_state(
     for name in claims.keys() & REQUEST_FIELDS:
         raise UserError(f"{claims[name].label} claims the request field {name!r}, which is the server's own")
 
-    def parser(kind: str, name: str | None) -> Any:
-        return plugins.load(plugins.find(kind, name)) if name else None
-
+    tokenizer = checkpoint.tokenizer()
+    tool_parser = _tool_parser(config, plugins, info, tokenizer)
+    reasoning_parser = plugins.find("reasoning_parsers", config.reasoning_parser) if config.reasoning_parser else None
     return ServerState(
         config=config,
         engine=engine,
-        tokenizer=Tokenizer(checkpoint.tokenizer(), bos_token=info.bos_token, eos_token=info.eos_token),
+        tokenizer=Tokenizer(tokenizer, bos_token=info.bos_token, eos_token=info.eos_token),
         info=info,
+        grammars=_grammars(config, plugins, info, lambda: tokenizer),
         model_names=_model_names(config),
         chat_template=_chat_template(config, plugins, info),
-        tool_parser=parser("tool_parsers", config.tool_call_parser),
-        reasoning_parser=parser("reasoning_parsers", config.reasoning_parser),
+        tool_parser=plugins.load(tool_parser) if tool_parser else None,
+        reasoning_parser=plugins.load(reasoning_parser) if reasoning_parser else None,
         claims={name: provided.record.validate for name, provided in claims.items()},
         listeners=[listener for _, listener in plugins.listeners(config)],
         routes=plugins.routes(config),
         lifespans=plugins.lifespans(config),
     )
+
+
+def _tool_parser(config: Config, plugins: Plugins, info: ModelInfo, tokenizer: RawTokenizer) -> Provided | None:
+    if config.tool_call_parser == "none":
+        return None
+    if config.tool_call_parser != "auto":
+        return plugins.find("tool_parsers", config.tool_call_parser)
+    tokens = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    candidates = [p for p in plugins.records("tool_parsers") if p.record.matches]
+    try:
+        return _first_fit("tool parser", candidates, lambda record: record.matches(info, tokens))
+    except UserError as error:
+        log.warning("%s", error)
+        return None
 
 
 def _model_names(config: Config) -> tuple[str, ...]:

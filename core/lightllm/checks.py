@@ -24,6 +24,7 @@ RECORDS: Mapping[str, tuple[type[Record], type]] = MappingProxyType(
         "reasoning_parsers": (interfaces.ReasoningParserRecord, interfaces.ReasoningParser),
         "weight_formats": (interfaces.WeightFormatRecord, interfaces.WeightFormat),
         "linear_methods": (interfaces.LinearMethodRecord, interfaces.LinearMethod),
+        "grammar_backends": (interfaces.GrammarBackendRecord, interfaces.GrammarBackend),
     }
 )
 """Kind of record -> its type, and the contract of its target. The hook that lists a kind is ``lightllm_<kind>``."""

@@ -55,6 +55,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     tp: Annotated[Positive, Meta(description="tensor-parallel ranks")] = 1
     attention_backend: Annotated[str, Meta(description="attention backend, or auto")] = "auto"
     sampler: Annotated[str, Meta(description="sampler, or auto")] = "auto"
+    grammar_backend: Annotated[str, Meta(description="compiler of grammars for structured output, or auto")] = "auto"
 
     max_model_len: Annotated[
         Positive | None, Meta(description="longest prompt plus answer, in tokens; default: the model's own")
@@ -70,7 +71,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     prefix_cache: Annotated[bool, Meta(description="reuse the KV cache of shared prompt beginnings")] = True
 
     chat_template: Annotated[str | None, Meta(description="jinja2 file to use for the model's own template")] = None
-    tool_call_parser: Annotated[str | None, Meta(description="how this model writes tool calls")] = None
+    tool_call_parser: Annotated[
+        str, Meta(description="how this model writes tool calls; auto: by its chat template and tokens; or none")
+    ] = "auto"
     reasoning_parser: Annotated[str | None, Meta(description="how this model marks its reasoning")] = None
 
     no_plugin: Annotated[tuple[str, ...], Meta(description="block a plugin; may be given more than once")] = ()

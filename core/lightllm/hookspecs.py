@@ -15,6 +15,7 @@ import pluggy
 
 from lightllm.interfaces import (
     AttentionBackendRecord,
+    GrammarBackendRecord,
     LinearMethodRecord,
     Listener,
     LogitsProcessorRecord,
@@ -74,6 +75,11 @@ def lightllm_weight_formats() -> Sequence[WeightFormatRecord]:  # type: ignore[e
 @hookspec
 def lightllm_linear_methods() -> Sequence[LinearMethodRecord]:  # type: ignore[empty-body]
     """Ways to hold and multiply linear weights (``--quantization``). Asked in the engine process."""
+
+
+@hookspec
+def lightllm_grammar_backends() -> Sequence[GrammarBackendRecord]:  # type: ignore[empty-body]
+    """Compilers of grammars for structured output (``--grammar-backend``). Asked in both processes."""
 
 
 @hookspec

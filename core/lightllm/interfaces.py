@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import msgspec
+
+from lightllm.grammar import Grammar
 
 if TYPE_CHECKING:
     import torch
@@ -123,11 +125,25 @@ class LogitsProcessorRecord(Record, frozen=True, kw_only=True):
 
 
 class ToolParserRecord(Record, frozen=True, kw_only=True):
-    """Target: a `ToolParser`."""
+    """Target: a `ToolParser`, which may also be a `CallGrammar` and a `CallIds`.
+
+    Under ``--tool-call-parser auto`` the highest ``priority`` that ``matches`` is chosen. ``matches`` is given the
+    model and the texts of its tokenizer's added tokens; it answers None when this is how the model writes calls, else
+    the reason why not. A record without it is never chosen by itself.
+    """
+
+    matches: Callable[[ModelInfo, Collection[str]], str | None] | None = None
+    priority: int = 0
 
 
 class ReasoningParserRecord(Record, frozen=True, kw_only=True):
-    """Target: a `ReasoningParser`."""
+    """Target: a `ReasoningParser`, which may also be a `ReasoningGrammar`."""
+
+
+class GrammarBackendRecord(Record, frozen=True, kw_only=True):
+    """Target: a `GrammarBackend`. Under ``--grammar-backend auto`` the highest ``priority`` is chosen."""
+
+    priority: int = 0
 
 
 class WeightFormatRecord(Record, frozen=True, kw_only=True):
@@ -299,6 +315,27 @@ class ToolParser(Protocol):
     def close(self) -> Iterable[Text | CallStart | CallArguments]: ...
 
 
+@runtime_checkable
+class CallGrammar(Protocol):
+    """What a `ToolParser` has besides when its calls can be forced (``tool_choice``, ``strict``)."""
+
+    def grammar(self, *, required: bool, parallel: bool) -> Grammar:
+        """How answers look that call the parser's tools. ``parallel``: several calls may be made.
+
+        ``required``: calls and nothing else, their arguments as the tools' ``parameters`` say. Otherwise any text, and
+        once a call has begun, a call to one of the tools: its arguments as the schema says where the tool is
+        ``strict``, else any JSON object.
+        """
+
+
+@runtime_checkable
+class CallIds(Protocol):
+    """What a `ToolParser` has besides when its model's template wants ids of a certain form."""
+
+    def call_id(self) -> str:
+        """A new one. Everybody else's are ``call_`` and 24 hexadecimal digits."""
+
+
 class ReasoningParser(Protocol):
     """Splits thought from content; obeys the same law as tool parsers. ``prompt``: the rendered prompt."""
 
@@ -307,3 +344,41 @@ class ReasoningParser(Protocol):
     def push(self, text: str) -> Iterable[Text | Reasoning]: ...
 
     def close(self) -> Iterable[Text | Reasoning]: ...
+
+
+@runtime_checkable
+class ReasoningGrammar(Protocol):
+    """What a `ReasoningParser` has besides when the answer after the thought can be held to a grammar."""
+
+    def grammar(self, answer: Grammar) -> Grammar:
+        """The thought, free, if this answer has one, and then ``answer``."""
+
+
+class GrammarBackend(Protocol):
+    """Compiles grammars. Made in both processes, in the server's to check what clients send: it must not import torch
+    before `fill` is called. Its methods are called from several threads."""
+
+    def __init__(self, tokenizer: RawTokenizer, vocab_size: int, eos_token_ids: Sequence[int]) -> None: ...
+
+    def compile(self, grammar: Grammar) -> GrammarMatcher:
+        """In well under a second, whatever it is given. Raises `lightllm.grammar.GrammarError`."""
+
+    def fill(self, matchers: Sequence[GrammarMatcher], masks: torch.Tensor) -> None:
+        """The tokens each may take next: masks [matchers, ceil(vocabulary / 32)] int32 on the CPU, a bit for each token
+        from the lowest on; the end-of-sequence ids where the answer may end. Runs beside the model."""
+
+
+class GrammarMatcher(Protocol):
+    """How far one answer has come in its grammar."""
+
+    def fork(self) -> GrammarMatcher:
+        """A copy that goes its own way."""
+
+    def accept(self, token: int) -> bool:
+        """Go on by a token. False where the grammar does not allow it, or has become too costly; `error` says."""
+
+    def error(self) -> str:
+        """Why it cannot go on; "" while it can."""
+
+    def finished(self) -> bool:
+        """Whether the answer is complete and cannot go on."""

@@ -18,9 +18,11 @@ from lightllm import ModelInfo
 from lightllm.chat import ChatTemplate
 from lightllm.config import Config
 from lightllm.engine.client import EngineUnavailable
+from lightllm.engine.grammars import Grammars
 from lightllm.engine.request import Logprobs, Output, Ready, Stats
 from lightllm.server.app import ServerState, create_app
 from lightllm.tokenizer import Tokenizer
+from lightllm_builtin.grammar.backend import Llguidance
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -28,14 +30,14 @@ TEMPLATE = (
 )
 
 
-def byte_tokenizer() -> Tokenizer:
+def byte_tokenizer() -> RawTokenizer:
     """A token per byte, ids 0 to 255, then <eos>."""
     by_byte = {bytes([b]): char for char in pre_tokenizers.ByteLevel.alphabet() for b in [level_byte(char)]}
     raw = RawTokenizer(models.BPE(vocab={by_byte[bytes([b])]: b for b in range(256)}, merges=[]))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     raw.decoder = decoders.ByteLevel()
     raw.add_special_tokens([AddedToken("<eos>", special=True, normalized=False)])
-    return Tokenizer(raw, eos_token="<eos>")
+    return raw
 
 
 def level_byte(char: str) -> int:
@@ -185,9 +187,11 @@ class Running:
 
 
 def state_of(engine, **fields) -> ServerState:
+    raw = byte_tokenizer()
     fields = {
         "config": Config(),
-        "tokenizer": byte_tokenizer(),
+        "tokenizer": Tokenizer(raw, eos_token="<eos>"),
+        "grammars": Grammars(lambda: Llguidance(raw, 257, [EOS])),
         "info": ModelInfo(path="/tiny", architecture="Tiny", config={}),
         "model_names": ("tiny", "org/alias"),
         "chat_template": ChatTemplate(TEMPLATE),

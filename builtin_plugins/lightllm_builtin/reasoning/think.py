@@ -10,6 +10,7 @@ import re
 from typing import ClassVar
 
 from lightllm import Reasoning, Text
+from lightllm.grammar import Grammar, Joined, Marker, OneOf, Regex, Trigger, Triggered
 from lightllm_builtin.tool_parsers.scan import SPACE, Scanner, Steps, first_of
 
 _CLOSE = first_of("</think>")
@@ -44,6 +45,11 @@ class ThinkParser:
     def close(self) -> list[Text | Reasoning]:
         self._source.ended = True
         return self._step()
+
+    def grammar(self, answer: Grammar) -> Grammar:
+        begin, end = Marker("<think>"), Marker("</think>")
+        thought = Triggered((Trigger(end, Joined((Regex(r"\n{0,2}"), answer))),), least=1, most=1)
+        return thought if self._thinks else OneOf((Joined((begin, thought)), answer))
 
     def _read(self) -> Steps[None]:
         source = self._source

@@ -22,7 +22,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
-from lightllm import CallArguments, CallStart, Text
+from lightllm import CallArguments, CallStart, Text, grammar
+from lightllm.grammar import Fixed, Grammar, Joined, Repeated
 from lightllm_builtin.tool_parsers.scan import JSON, SPACE, Fault, Scanner, Steps
 
 Event = Text | CallStart | CallArguments
@@ -40,6 +41,7 @@ class CallParser(ABC):
     syntax: ClassVar[re.Pattern[str]] = JSON
 
     def __init__(self, tools: Sequence[Mapping[str, Any]]) -> None:
+        self.tools = tools
         self.declared = frozenset(tool["function"]["name"] for tool in tools)
         self.source = Scanner(self.syntax)
         self.called = False
@@ -217,6 +219,28 @@ class CallParser(ABC):
         self._pieces.clear()
         if text:
             self._events.append(CallArguments(self._count - 1, text) if self.called else Text(text))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Calls as grammars
+
+
+def arguments_of(tool: Mapping[str, Any], *, required: bool) -> Grammar:
+    """What `lightllm.CallGrammar` says of the arguments of a tool."""
+    function = tool["function"]
+    exact = required or function.get("strict")
+    return grammar.json((function.get("parameters") if exact else None) or {"type": "object"})
+
+
+def call_object(tool: Mapping[str, Any], key: str, *, required: bool) -> Grammar:
+    """``{"name": "...", "<key>": {...}}``, spaced as the models' templates show it."""
+    head = f'{{"name": {json.dumps(tool["function"]["name"], ensure_ascii=False)}, "{key}": '
+    return Joined((Fixed(head), arguments_of(tool, required=required), Fixed("}")))
+
+
+def several(call: Grammar, separator: Grammar, *, parallel: bool) -> Grammar:
+    """One call, or more where they may be ``parallel``."""
+    return Joined((call, Repeated(Joined((separator, call))))) if parallel else call
 
 
 def _decoded(string: str) -> str | None:

@@ -7,9 +7,11 @@ Reference: https://www.llama.com/docs/model-cards-and-prompt-formats/llama3_1/ (
 
 from __future__ import annotations
 
+import json
 import re
 
-from lightllm_builtin.tool_parsers.calls import CallParser
+from lightllm.grammar import Fixed, Grammar, Joined, Marker, OneOf, Regex, Trigger, Triggered
+from lightllm_builtin.tool_parsers.calls import CallParser, arguments_of, call_object, several
 from lightllm_builtin.tool_parsers.scan import Steps, first_of
 
 _SEPARATOR = re.compile(r"[; \t\r\n]+")
@@ -26,3 +28,17 @@ class Llama3Parser(CallParser):
 
     def read_end(self) -> Steps[None]:
         yield from self.run(_SEPARATOR)
+
+    def grammar(self, *, required: bool, parallel: bool) -> Grammar:
+        call = OneOf(tuple(call_object(tool, "parameters", required=required) for tool in self.tools))
+        if required:
+            return several(call, Fixed("; "), parallel=parallel)
+        # JSON is no call before it has named a tool
+        named = [
+            Trigger(
+                Regex(rf'\{{\s*"name"\s*:\s*{re.escape(json.dumps(tool["function"]["name"], ensure_ascii=False))}'),
+                Joined((Fixed(', "parameters": '), arguments_of(tool, required=required), Fixed("}"))),
+            )
+            for tool in self.tools
+        ]
+        return Triggered((*named, Trigger(Marker("<|python_tag|>"), call)), most=None if parallel else 1)

@@ -7,8 +7,11 @@ Reference: mistral_common/tokens/tokenizers/instruct.py (InstructTokenizerV3, V7
 from __future__ import annotations
 
 import re
+import secrets
+import string
 
-from lightllm_builtin.tool_parsers.calls import CallParser
+from lightllm.grammar import Fixed, Grammar, Joined, Marker, OneOf, Regex, Trigger, Triggered
+from lightllm_builtin.tool_parsers.calls import CallParser, arguments_of, call_object, several
 from lightllm_builtin.tool_parsers.scan import Fault, Steps, first_of
 
 _NAME = re.compile(r"[^\s{}\[\]]+")
@@ -47,3 +50,22 @@ class MistralParser(CallParser):
         else:
             self.release()
             yield from self.source.nested(self.content)
+
+    def grammar(self, *, required: bool, parallel: bool) -> Grammar:
+        """Either form: the model knows which is its own."""
+        begin = Marker("[TOOL_CALLS]")
+        objects = OneOf(tuple(call_object(tool, "arguments", required=required) for tool in self.tools))
+        array = Joined((Regex(" ?"), Fixed("["), several(objects, Fixed(", "), parallel=parallel), Fixed("]")))
+        named = OneOf(
+            tuple(
+                Joined((Fixed(tool["function"]["name"]), Marker("[ARGS]"), arguments_of(tool, required=required)))
+                for tool in self.tools
+            )
+        )
+        if required:
+            return Joined((begin, OneOf((array, several(named, begin, parallel=parallel)))))
+        return Triggered((Trigger(begin, OneOf((array, named))),), most=None if parallel else 1)
+
+    def call_id(self) -> str:
+        """Nine letters and digits: the templates accept nothing else."""
+        return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))

@@ -6,7 +6,8 @@ Reference: the chat templates of Qwen/Qwen2.5-7B-Instruct and NousResearch/Herme
 
 from __future__ import annotations
 
-from lightllm_builtin.tool_parsers.calls import CallParser
+from lightllm.grammar import Fixed, Grammar, Joined, Marker, OneOf, Trigger, Triggered
+from lightllm_builtin.tool_parsers.calls import CallParser, call_object, several
 from lightllm_builtin.tool_parsers.scan import Steps, first_of
 
 
@@ -22,3 +23,11 @@ class Qwen25Parser(CallParser):
         yield from self.space()
         if (yield from self.literal("</tool_call>")):
             self.drop()
+
+    def grammar(self, *, required: bool, parallel: bool) -> Grammar:
+        begin, end = Marker("<tool_call>"), Marker("</tool_call>")
+        objects = OneOf(tuple(call_object(tool, "arguments", required=required) for tool in self.tools))
+        call = Joined((Fixed("\n"), objects, Fixed("\n"), end))
+        if required:
+            return several(Joined((begin, call)), Fixed("\n"), parallel=parallel)
+        return Triggered((Trigger(begin, call),), most=None if parallel else 1)

@@ -3,37 +3,55 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
+from lightllm.engine.grammars import Grammars
 from lightllm.engine.request import Abort, Generate, Output, Ready, Step, joined
 from lightllm.engine.runner import Runner
 from lightllm.engine.scheduler import Scheduler
+from lightllm.interfaces import GrammarMatcher
 
 log = logging.getLogger("lightllm.engine")
 
 
-class Engine:
-    """Continuous batching over one model."""
+IDLE = 0.01
+"""Seconds to wait for a grammar when there is nothing else to do."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, ready: Ready) -> None:
+
+class Engine:
+    """Continuous batching over one model. A request with a grammar joins when that is compiled, beside the steps."""
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, grammars: Grammars, ready: Ready) -> None:
         self.scheduler = scheduler
         self.runner = runner
         self.ready = ready
+        self._grammars = grammars
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="grammar")
+        self._compiling: dict[str, tuple[Generate, Future[GrammarMatcher]]] = {}
         self._pending: list[Output] = []
 
     def add(self, request: Generate) -> None:
-        """Queue a request. One that cannot be served ends with an error output in the next step."""
-        self._pending += self.scheduler.add(request)
+        """Queue a request. One that cannot be served ends with an error output in a later step."""
+        grammar = request.params.grammar
+        if grammar is None:
+            self._pending += self.scheduler.add(request)
+        else:
+            self._compiling[request.id] = request, self._threads.submit(self._grammars.compile, grammar)
 
     def abort(self, request: Abort) -> None:
         """Forget a request, or one choice of it, and free its cache at once. No output follows."""
+        if request.id in self._compiling and request.index is None:
+            del self._compiling[request.id]
         self.scheduler.abort(request.id, request.index)
 
     @property
     def busy(self) -> bool:
-        return bool(self._pending) or self.scheduler.busy
+        return bool(self._pending or self._compiling) or self.scheduler.busy
 
     def step(self) -> Step:
         """Advance every running sequence by a chunk of prompt or one token."""
+        if self._compiling:
+            self._join()
         outputs, self._pending = self._pending, []
         plan = self.scheduler.schedule()
         outputs += plan.outputs
@@ -47,6 +65,19 @@ class Engine:
             else:
                 outputs += self.scheduler.update(plan, results)
         return Step(outputs=outputs, stats=self.scheduler.stats())
+
+    def _join(self) -> None:
+        """Give the scheduler the requests whose grammar is compiled."""
+        if not self.scheduler.busy:
+            wait([future for _, future in self._compiling.values()], IDLE, FIRST_COMPLETED)
+        for request, future in [pair for pair in self._compiling.values() if pair[1].done()]:
+            del self._compiling[request.id]
+            try:
+                self._pending += self.scheduler.add(request, future.result())
+            except Exception as error:  # a plugin's, too
+                self._pending += [
+                    Output(request.id, i, [], finish="error", error=f"the grammar: {error}") for i in range(request.n)
+                ]
 
     def _fail(self, ids: set[str], message: str) -> list[Output]:
         outputs = []

@@ -6,6 +6,8 @@ from typing import Any
 
 import msgspec
 
+from lightllm.grammar import Grammar
+
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How one request wants its tokens chosen. Already checked: the engine trusts these values."""
@@ -25,6 +27,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    grammar: Grammar | None = None
     extra: dict[str, Any] = {}  # request fields that plugins claim
 
 
@@ -66,7 +69,8 @@ class Logprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Output(msgspec.Struct, frozen=True, array_like=True):
-    """New tokens of one choice. ``finish``: "stop", "length", "abort" or "error" with the last of them, else None.
+    """New tokens of one choice. ``finish``: "stop", "length", "abort", "error" or "refused" with the last of them, else
+    None. "refused": the fault, ``error``, lies in the request.
 
     ``prompt_logprobs`` come once, before or with the first token: one entry per prompt token from the second on.
     A stop token is not among ``tokens``; ``stop_token`` names it.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightllm.engine.masks import Held, Masks
 from lightllm.engine.request import Logprobs
 from lightllm.engine.scheduler import Plan, Result, Seq
 from lightllm.interfaces import AttentionBackend, LogitsProcessor, Sampler
@@ -29,17 +30,29 @@ class Runner:
         attention: AttentionBackend,
         sampler: Sampler,
         processors: Mapping[str, LogitsProcessor],
+        masks: Masks,
         device: torch.device,
     ) -> None:
         self.model = model
         self.attention = attention
         self.sampler = sampler
         self.processors = processors
+        self.masks = masks
         self.device = device
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> list[Result]:
         """One forward pass over the plan. One result per item, in the plan's order."""
+        results = [Result() for _ in plan.items]
+        sampled = [i for i, item in enumerate(plan.items) if item.samples]
+        rows = [plan.items[i].seq for i in sampled]
+        held = [
+            Held(row, seq, seq.matcher, results[i])
+            for row, (i, seq) in enumerate(zip(sampled, rows, strict=True))
+            if seq.matcher is not None
+        ]
+        masks = self.masks.start(held) if held else None
+
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -56,20 +69,20 @@ class Runner:
         batch.plan = self.attention.plan(batch)
         hidden = self.model(self._tensor(tokens), self._tensor(positions), batch)
 
-        results = [Result() for _ in plan.items]
         last = torch.tensor(batch.query_lengths).cumsum(0) - 1
-        sampled = [i for i, item in enumerate(plan.items) if item.samples]
         if sampled:
-            rows = [plan.items[i].seq for i in sampled]
             logits = self._logits(hidden[last[sampled].to(self.device)])
             logprobs = self._logprobs(logits, rows)
             self._process(logits, rows)
+            if masks is not None:
+                self.masks.apply(masks, logits, held)
             chosen = self.sampler.sample(logits, rows)
-            for i, row, token in zip(sampled, range(len(rows)), chosen.tolist(), strict=True):
+            for row, (i, token) in enumerate(zip(sampled, chosen.tolist(), strict=True)):
                 results[i].token = token
                 if row in logprobs:
                     values, wanted = logprobs[row]
                     results[i].logprobs = _entries(values, [token], wanted)[0]
+            self.masks.follow(held)
         for i, item in enumerate(plan.items):
             if item.prompt_logprobs:
                 end = int(last[i]) + 1

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from lightllm.engine.kvcache import KVCache, Lease
 from lightllm.engine.request import Generate, Logprobs, Output, SamplingParams, Stats
+from lightllm.interfaces import GrammarMatcher
 
 HEADROOM = 8
 """Free slots per running sequence that an admission must leave: fewer, and it would soon be preempted again."""
@@ -27,7 +28,9 @@ class Seq:
     Fulfils `lightllm.SamplingRow`.
     """
 
-    def __init__(self, request: Generate, index: int, seed: int, stop_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self, request: Generate, index: int, seed: int, stop_ids: tuple[int, ...], matcher: GrammarMatcher | None
+    ) -> None:
         self.id = request.id
         self.index = index
         self.params: SamplingParams = request.params
@@ -35,6 +38,7 @@ class Seq:
         self.output: list[int] = []
         self.seed = seed
         self.stop_ids = stop_ids
+        self.matcher = matcher  # has come as far as output has; the runner moves it on
         self.computed = 0
         self.cached_tokens = 0
         self.lease: Lease | None = None
@@ -89,9 +93,15 @@ class Plan:
 
 @dataclass
 class Result:
-    """What the runner found for one item."""
+    """What the runner found for one item. ``ended``: the grammar allows nothing after the token, or not even one.
+
+    Why the sequence cannot go on: ``refusal`` where that lies in the request, ``error`` where it lies here.
+    """
 
     token: int | None = None
+    ended: bool = False
+    refusal: str | None = None
+    error: str | None = None
     logprobs: Logprobs | None = None
     prompt_logprobs: list[Logprobs] | None = None
 
@@ -119,8 +129,11 @@ class Scheduler:
 
     # --- requests come and go
 
-    def add(self, request: Generate) -> list[Output]:
-        """Queue a request. One that can never be served ends here, with an error."""
+    def add(self, request: Generate, matcher: GrammarMatcher | None = None) -> list[Output]:
+        """Queue a request. One that can never be served ends here, with an error.
+
+        ``matcher``: of the request's grammar, at the beginning; every choice gets a fork of it.
+        """
         size = len(request.prompt)
         problem = "" if size else "the prompt is empty"
         if size >= self.max_model_len:
@@ -131,8 +144,10 @@ class Scheduler:
             return [Output(request.id, i, [], finish="error", error=problem) for i in range(request.n)]
         params = request.params
         seed = random.getrandbits(64) if params.seed is None else params.seed
-        stop_ids = params.stop_token_ids + (() if params.ignore_eos else self.eos_token_ids)
-        choices = [Seq(request, i, seed, stop_ids) for i in range(request.n)]
+        stop_ids = params.stop_token_ids
+        if matcher is not None or not params.ignore_eos:  # after the end that a grammar has nothing can come
+            stop_ids += self.eos_token_ids
+        choices = [Seq(request, i, seed, stop_ids, matcher and matcher.fork()) for i in range(request.n)]
         self._live[request.id] = choices
         self._count += len(choices)
         self._waiting.append(choices[0])
@@ -198,8 +213,7 @@ class Scheduler:
             if item.start < len(seq.prompt) <= seq.computed:
                 self._publish_prompt(seq)
             if item.samples:
-                assert result.token is not None
-                outputs.append(self._accept(seq, result.token, result.logprobs))
+                outputs.append(self._accept(seq, result))
         return outputs
 
     def stats(self) -> Stats:
@@ -285,16 +299,25 @@ class Scheduler:
         followers, seq.followers = seq.followers, []
         self._waiting.extendleft(reversed(followers))
 
-    def _accept(self, seq: Seq, token: int, logprobs: Logprobs | None) -> Output:
+    def _accept(self, seq: Seq, result: Result) -> Output:
         """A sampled token: append it, or end with it."""
+        token = result.token
+        if result.error is not None:
+            return self._output(seq, [], "error", error=result.error)
+        if result.refusal is not None:
+            return self._output(seq, [], "refused", error=result.refusal)
         if not seq.params.max_tokens:  # only the prompt's log-probabilities were wanted
             return self._output(seq, [], "length")
+        if token is None:
+            assert result.ended
+            return self._output(seq, [], "stop")
         if token in seq.stop_ids and len(seq.output) >= seq.params.min_tokens:
             return self._output(seq, [], "stop", stop=token)
         seq.output.append(token)
         self._generated_tokens += 1
         full = len(seq.output) >= seq.params.max_tokens or len(seq) >= self.max_model_len
-        return self._output(seq, [token], "length" if full else None, logprobs)
+        finish = "stop" if result.ended else "length" if full else None
+        return self._output(seq, [token], finish, result.logprobs)
 
     def _output(
         self,
@@ -303,6 +326,7 @@ class Scheduler:
         finish: str | None = None,
         logprobs: Logprobs | None = None,
         stop: int | None = None,
+        error: str | None = None,
     ) -> Output:
         """What the client is told; with ``finish``, the last of it."""
         prompt_logprobs = None
@@ -311,7 +335,7 @@ class Scheduler:
         if finish:
             self._end(seq)
         entries = [logprobs] if logprobs else None
-        return Output(seq.id, seq.index, tokens, finish, entries, prompt_logprobs, stop, None, seq.cached_tokens)
+        return Output(seq.id, seq.index, tokens, finish, entries, prompt_logprobs, stop, error, seq.cached_tokens)
 
     def _end(self, seq: Seq) -> None:
         """Forget a sequence, wherever it is."""

@@ -212,23 +212,28 @@ class Run:
         async with aclosing(self._batches()) as batches:
             async for batch in batches:
                 pieces = []
-                error = None
+                fault: str | ApiError | None = None
                 for number, output in batch:
                     choice = self._choices[number * self.job.n + output.index]
+                    if output.finish == "refused":
+                        fault = ApiError(f"This request cannot be finished: {output.error}.")
+                        continue
                     if output.finish in ("error", "abort"):
-                        error = output.error or "the generation was aborted"
+                        fault = output.error or "the generation was aborted"
                         continue
                     pieces.append(choice.push(output))
                     if choice.finish is not None:
                         self._open -= 1
                         if output.finish is None:
                             self._generations[number].abort(output.index)
-                    error = error or choice.failure
+                    fault = fault or choice.failure
                 if self._first is None:
                     self._first = time.monotonic() - self._started
                 yield pieces
-                if error is not None:
-                    raise internal_error(error, f"the request could not be finished: {error}")
+                if isinstance(fault, ApiError):
+                    raise fault
+                if fault is not None:
+                    raise internal_error(fault, f"the request could not be finished: {fault}")
 
     async def _batches(self) -> AsyncGenerator[list[tuple[int, Output]], None]:
         """Outputs, several at once when they are there already: who reads slowly gets fewer, larger events."""
@@ -239,7 +244,7 @@ class Run:
             async with aclosing(self._outputs()) as outputs:
                 async for number, output in outputs:
                     self._note(number, output)
-                    if wants_prompt and number not in self.prompt_logprobs and output.finish != "error":
+                    if wants_prompt and number not in self.prompt_logprobs and output.error is None:
                         # another choice than the one that brings the prompt's
                         held.setdefault(number, []).append(output)
                     else:

@@ -25,6 +25,7 @@ from lightllm.server.protocol import (
     read_request,
 )
 from lightllm.server.state import ServerState
+from lightllm.server.tools import check_tools
 
 __all__ = ["ServerState", "create_app"]
 
@@ -97,7 +98,7 @@ async def _tokenize(state: ServerState, body: bytes) -> TokenizeResponse:
         text = openai.render(
             state,
             asked.messages,
-            openai.check_tools(asked.tools),
+            check_tools(asked.tools),
             add_generation_prompt=asked.add_generation_prompt,
             continue_final_message=bool(asked.continue_final_message),
             variables=asked.chat_template_kwargs or {},

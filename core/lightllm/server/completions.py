@@ -25,6 +25,7 @@ from lightllm.server.protocol import (
 )
 from lightllm.server.sampling import budget, refuse_what_cannot_be, sampling_params, stop_strings
 from lightllm.server.state import ServerState
+from lightllm.server.structured import answer_wish, grammar_of
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's, for this endpoint."""
@@ -60,6 +61,7 @@ async def completion(state: ServerState, body: bytes) -> Answer:
         # a default may be cut short, an explicit wish may not
         asked = min(asked, budget(longest, None, ready.max_model_len, "prompt"))
     max_tokens = budget(longest, max(asked, 1), ready.max_model_len, "prompt")
+    grammar = await grammar_of(state, answer_wish(request))
     wanted = [k for k in (request.logprobs if request.echo else None, request.prompt_logprobs) if k is not None]
     params = sampling_params(
         state,
@@ -69,6 +71,7 @@ async def completion(state: ServerState, body: bytes) -> Answer:
         max_tokens=max_tokens,
         logprobs=request.logprobs,
         prompt_logprobs=max(wanted, default=None),
+        grammar=grammar,
     )
     job = Job(
         id=f"cmpl-{uuid.uuid4().hex}",

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import secrets
-import string
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from lightllm.chat import ChatError, OutputParser, merged
 from lightllm.engine.request import Logprobs
-from lightllm.interfaces import CallArguments, CallStart, Event, Reasoning, Text
+from lightllm.interfaces import CallArguments, CallIds, CallStart, Event, Reasoning, Text, ToolParser
 from lightllm.server.answer import Answer, Job, Piece, Run
 from lightllm.server.protocol import (
     Alternative,
@@ -25,15 +23,15 @@ from lightllm.server.protocol import (
     Function,
     PromptLogprobs,
     TokenLogprob,
-    Tool,
     ToolCall,
     ToolCallDelta,
-    convert,
     encode_json,
     read_request,
 )
 from lightllm.server.sampling import budget, refuse_what_cannot_be, sampling_params, stop_strings
 from lightllm.server.state import ServerState
+from lightllm.server.structured import answer_wish, chat_grammar
+from lightllm.server.tools import read_tools
 from lightllm.tokenizer import Tokenizer
 
 
@@ -43,14 +41,15 @@ async def chat_completion(state: ServerState, body: bytes) -> Answer:
     model = state.model_name(request.model)
     ready = state.ready()
     refuse_what_cannot_be(request)
-    tools = check_tools(request.tools) if request.tool_choice != "none" else []
+    wish = answer_wish(request)
+    tools = read_tools(request)
     variables = dict(request.chat_template_kwargs or {})
     if request.reasoning_effort is not None:
         variables.setdefault("reasoning_effort", request.reasoning_effort)
     prompt = render(
         state,
         request.messages,
-        tools,
+        tools.shown,
         # what is to be continued is not followed by a new turn, unless the request insists
         add_generation_prompt=request.add_generation_prompt,
         continue_final_message=bool(request.continue_final_message),
@@ -60,6 +59,14 @@ async def chat_completion(state: ServerState, body: bytes) -> Answer:
     tokens = await state.encode(prompt, add_special_tokens=bool(request.add_special_tokens))
     if not tokens:
         raise ApiError("The chat template made an empty prompt of these messages.", param="messages")
+    n = request.n or 1
+    tool_parsers = [
+        state.tool_parser(tools.callable) if state.tool_parser and tools.callable else None for _ in range(n)
+    ]
+    reasoning_parsers = [state.reasoning_parser(prompt) if state.reasoning_parser else None for _ in range(n)]
+    grammar = await chat_grammar(
+        state, wish, tools, tool_parsers[0], reasoning_parsers[0], parallel=request.parallel_tool_calls is not False
+    )
     asked = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     params = sampling_params(
@@ -70,9 +77,8 @@ async def chat_completion(state: ServerState, body: bytes) -> Answer:
         max_tokens=budget(len(tokens), asked, ready.max_model_len, "messages"),
         logprobs=logprobs,
         prompt_logprobs=request.prompt_logprobs,
+        grammar=grammar,
     )
-    n = request.n or 1
-    parses_tools = bool(tools) and state.tool_parser is not None
     job = Job(
         id=f"chatcmpl-{uuid.uuid4().hex}",
         endpoint="chat.completions",
@@ -87,33 +93,15 @@ async def chat_completion(state: ServerState, body: bytes) -> Answer:
         skip_special_tokens=_chosen(
             request.skip_special_tokens,
             # formats are marked with special tokens, [TOOL_CALLS] for one
-            default=not (parses_tools or state.reasoning_parser),
+            default=tool_parsers[0] is None and reasoning_parsers[0] is None,
         ),
-        parsers=[
-            OutputParser(
-                state.reasoning_parser(prompt) if state.reasoning_parser else None,
-                state.tool_parser(tools) if parses_tools and state.tool_parser else None,
-            )
-            for _ in range(n)
-        ],
+        parsers=[OutputParser(*pair) for pair in zip(reasoning_parsers, tool_parsers, strict=True)],
     )
-    return Answer(state, job, ChatShape(state, job, request))
+    return Answer(state, job, ChatShape(state, job, request, _call_id_maker(tool_parsers[0])))
 
 
 def _chosen(value: bool | None, *, default: bool) -> bool:
     return default if value is None else value
-
-
-def check_tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
-    """The tools as they were sent, for templates to show. Raises `ApiError` for what is no tool."""
-    names: set[str] = set()
-    for i, tool in enumerate(convert(tools or [], list[Tool], "tools")):
-        if tool.type != "function":
-            raise ApiError(f"Tools of type {tool.type!r} are not supported, only 'function'.", param=f"tools[{i}].type")
-        if tool.function.name in names:
-            raise ApiError(f"There are two tools called {tool.function.name!r}.", param=f"tools[{i}].function.name")
-        names.add(tool.function.name)
-    return tools or []
 
 
 def render(
@@ -147,12 +135,13 @@ def render(
 class ChatShape:
     """`lightllm.server.answer.Shape` of chat completions."""
 
-    def __init__(self, state: ServerState, job: Job, request: ChatRequest) -> None:
+    def __init__(self, state: ServerState, job: Job, request: ChatRequest, call_id: Callable[[], str]) -> None:
         self._tokenizer = state.tokenizer
         self._top = request.top_logprobs or 0
         self._prompt_top = request.prompt_logprobs
         self._parallel = request.parallel_tool_calls is not False
         self._reasons = state.reasoning_parser is not None
+        self._call_id = call_id
         self._begun: set[int] = set()
         self._called: set[int] = set()
         self._job = job
@@ -169,7 +158,7 @@ class ChatShape:
             yield self._chunk(ChatChunkChoice(index=piece.index, delta=Delta(role="assistant", content="")))
         logprobs = self._logprobs(piece.logprobs)
         for event in self._events(piece):
-            yield self._chunk(ChatChunkChoice(index=piece.index, delta=_delta(event), logprobs=logprobs))
+            yield self._chunk(ChatChunkChoice(index=piece.index, delta=self._delta(event), logprobs=logprobs))
             logprobs = None
         if logprobs is not None:
             yield self._chunk(ChatChunkChoice(index=piece.index, delta=Delta(content=""), logprobs=logprobs))
@@ -182,6 +171,18 @@ class ChatShape:
 
     def _chunk(self, choice: ChatChunkChoice) -> bytes:
         return self._head + encode_json(choice) + self._tail
+
+    def _delta(self, event: Event) -> Delta:
+        if isinstance(event, Text):
+            return Delta(content=event.text)
+        if isinstance(event, Reasoning):
+            return Delta(reasoning_content=event.text, reasoning=event.text)
+        if isinstance(event, CallStart):
+            function = Function(event.name, "")
+            call = ToolCallDelta(index=event.index, id=self._call_id(), type="function", function=function)
+        else:
+            call = ToolCallDelta(index=event.index, function=Function(None, event.fragment))
+        return Delta(tool_calls=[call])
 
     # --- whole
 
@@ -204,7 +205,7 @@ class ChatShape:
             elif isinstance(event, Reasoning):
                 reasoning += event.text
             elif isinstance(event, CallStart):
-                call = ToolCall(id=call_id(), function=Function(event.name, ""))
+                call = ToolCall(id=self._call_id(), function=Function(event.name, ""))
                 by_index[event.index] = call
                 calls.append(call)
             elif event.index in by_index:
@@ -213,7 +214,7 @@ class ChatShape:
         if calls:
             message.tool_calls = calls
         if reasoning or self._reasons:
-            message.reasoning_content = reasoning
+            message.reasoning_content = message.reasoning = reasoning
         entries = [entry for piece in pieces for entry in piece.logprobs]
         logprobs = self._logprobs(entries)
         if logprobs is None and self._job.params.logprobs is not None:
@@ -254,20 +255,8 @@ class ChatShape:
         )
 
 
-def _delta(event: Event) -> Delta:
-    if isinstance(event, Text):
-        return Delta(content=event.text)
-    if isinstance(event, Reasoning):
-        return Delta(reasoning_content=event.text)
-    if isinstance(event, CallStart):
-        function = Function(event.name, "")
-        return Delta(tool_calls=[ToolCallDelta(index=event.index, id=call_id(), type="function", function=function)])
-    return Delta(tool_calls=[ToolCallDelta(index=event.index, function=Function(None, event.fragment))])
-
-
-def call_id() -> str:
-    """Nine letters and digits: what Mistral's templates insist on, and nobody else minds."""
-    return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
+def _call_id_maker(parser: ToolParser | None) -> Callable[[], str]:
+    return parser.call_id if isinstance(parser, CallIds) else lambda: f"call_{uuid.uuid4().hex[:24]}"
 
 
 def finite(logprob: float) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from lightllm.engine.request import Ready, SamplingParams
+from lightllm.grammar import Grammar
 from lightllm.server.protocol import ApiError, ChatRequest, Generating
 from lightllm.server.state import ServerState, Validator
 
@@ -24,6 +25,7 @@ def sampling_params(
     max_tokens: int,
     logprobs: int | None,
     prompt_logprobs: int | None,
+    grammar: Grammar | None = None,
 ) -> SamplingParams:
     """What the request leaves open is generation_config.json's, else OpenAI's default."""
     defaults = generation_defaults(state.info.generation)
@@ -54,6 +56,7 @@ def sampling_params(
         min_tokens=request.min_tokens or 0,
         stop_token_ids=tuple(request.stop_token_ids or ()),
         ignore_eos=bool(request.ignore_eos),
+        grammar=grammar,
         extra=claimed(state.claims, unknown),
     )
 
@@ -131,11 +134,6 @@ def budget(prompt: int, asked: int | None, max_model_len: int, what: str) -> int
 
 def refuse_what_cannot_be(request: Generating) -> None:
     """Fields we know but cannot honour."""
-    if request.response_format is not None and request.response_format.type != "text":
-        raise ApiError(
-            f"response_format {request.response_format.type!r} is not supported by this server, only 'text'.",
-            param="response_format",
-        )
     if request.stream_options is not None and not request.stream:
         raise ApiError("stream_options may only be given when stream is true.", param="stream_options")
     if request.prompt_logprobs is not None and request.stream:
@@ -152,11 +150,6 @@ def refuse_what_cannot_be(request: Generating) -> None:
         raise ApiError("top_logprobs needs logprobs to be true.", param="top_logprobs")
     if request.echo:
         raise ApiError("echo is for /v1/completions.", param="echo")
-    if request.tool_choice not in (None, "none", "auto"):
-        asked = request.tool_choice if request.tool_choice == "required" else "a named function"
-        raise ApiError(
-            f"tool_choice {asked} is not supported by this server, only 'auto' and 'none'.", param="tool_choice"
-        )
 
 
 def _check_token_ids(request: Generating, ready: Ready) -> None:

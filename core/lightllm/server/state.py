@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lightllm.chat import ChatTemplate
 from lightllm.config import Config
 from lightllm.engine.client import EngineUnavailable
+from lightllm.engine.grammars import Grammars
 from lightllm.engine.request import Ready
 from lightllm.interfaces import Listener, ModelInfo, ReasoningParser, ToolParser
 from lightllm.server.protocol import ApiError
@@ -40,6 +41,7 @@ class ServerState:
     engine: EngineClient
     tokenizer: Tokenizer
     info: ModelInfo
+    grammars: Grammars
     model_names: tuple[str, ...]
     chat_template: ChatTemplate | None = None
     tool_parser: Callable[[Sequence[Mapping[str, Any]]], ToolParser] | None = None

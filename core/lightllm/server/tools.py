@@ -1,0 +1,77 @@
+"""The tools of a request, and which of them may or must be called."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from lightllm.server.protocol import ApiError, ChatRequest, Tool, convert
+from lightllm.server.schemas import check_schema
+
+
+@dataclass(frozen=True)
+class Tools:
+    """``shown``: what the template is given, as the client sent it. ``callable``: those that may be called.
+
+    ``required``: at least one of them must be. ``indices``: of the callable ones in the request.
+    """
+
+    shown: list[dict[str, Any]]
+    callable: list[dict[str, Any]]
+    indices: list[int]
+    required: bool
+
+    @property
+    def strict(self) -> bool:
+        return any(tool["function"].get("strict") for tool in self.callable)
+
+
+class _Name(msgspec.Struct, kw_only=True):
+    name: str
+
+
+class _Named(msgspec.Struct, kw_only=True):
+    """``tool_choice`` when it is an object."""
+
+    type: str
+    function: _Name
+
+
+def read_tools(request: ChatRequest) -> Tools:
+    """Raises `ApiError` for what is no tool, or a choice that cannot be made."""
+    tools = check_tools(request.tools)
+    choice = request.tool_choice
+    everything = list(range(len(tools)))
+    if choice is None or choice == "auto":
+        return Tools(tools, tools, everything, False)
+    if choice == "none":
+        return Tools([], [], [], False)
+    if isinstance(choice, str) and choice != "required":
+        raise ApiError("tool_choice is none, auto, required or a function.", param="tool_choice")
+    if not tools:
+        raise ApiError("tool_choice can only be used with tools.", param="tool_choice")
+    if choice == "required":
+        return Tools(tools, tools, everything, True)
+    named = convert(choice, _Named, "tool_choice")
+    if named.type != "function":
+        raise ApiError(f"tool_choice of type {named.type!r} is not supported, only 'function'.", param="tool_choice")
+    for i, tool in enumerate(tools):
+        if tool["function"]["name"] == named.function.name:
+            return Tools(tools, [tool], [i], True)
+    raise ApiError(f"There is no tool called {named.function.name!r} among the tools.", param="tool_choice")
+
+
+def check_tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
+    """The tools as they were sent, for templates to show. Raises `ApiError` for what is no tool."""
+    names: set[str] = set()
+    for i, tool in enumerate(convert(tools or [], list[Tool], "tools")):
+        if tool.type != "function":
+            raise ApiError(f"Tools of type {tool.type!r} are not supported, only 'function'.", param=f"tools[{i}].type")
+        if tool.function.name in names:
+            raise ApiError(f"There are two tools called {tool.function.name!r}.", param=f"tools[{i}].function.name")
+        names.add(tool.function.name)
+        if tool.function.parameters is not None:
+            check_schema(tool.function.parameters, f"tools[{i}].function.parameters")
+    return tools or []
