@@ -67,6 +67,10 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
+BYTES = ("llama", {"vocab_size": 261}, {})
+"""Room for 256 bytes and a few special tokens."""
+
+
 def write_tokenizer(folder: Path, size: int = BASE["vocab_size"]) -> None:
     """A tokenizer.json of ``size`` words: w0, w1, ..."""
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))
@@ -76,7 +80,7 @@ def write_tokenizer(folder: Path, size: int = BASE["vocab_size"]) -> None:
 
 def write_checkpoint(folder: Path, case: str, **save: Any) -> Any:
     """Write case ``case`` to ``folder``; returns the transformers model, reloaded from it, in float32."""
-    family, fields, by_hand = CASES[case]
+    family, fields, by_hand = BYTES if case == "llama-bytes" else CASES[case]
     config_class, model_class = FAMILIES[family]
     torch.manual_seed(sum(case.encode()))
     model = model_class(config_class(**BASE | fields)).eval()

@@ -93,7 +93,9 @@ def linear_method(plugins: Plugins, config: Config) -> Provided:
     return plugins.find("linear_methods", config.quantization or "dense")
 
 
-def _grammars(config: Config, plugins: Plugins, info: ModelInfo, tokenizer: Callable[[], RawTokenizer]) -> Grammars:
+def _grammars(
+    config: Config, plugins: Plugins, info: ModelInfo, tokenizer: Callable[[], RawTokenizer | None]
+) -> Grammars:
     """The chosen grammar backend, to be made when it is first needed: most servers never do."""
     from lightllm.engine.grammars import Grammars
 
@@ -370,7 +372,7 @@ def _server_state(
         engine=engine,
         tokenizer=Tokenizer(tokenizer, bos_token=info.bos_token, eos_token=info.eos_token),
         info=info,
-        grammars=_grammars(config, plugins, info, lambda: tokenizer),
+        grammars=_grammars(config, plugins, info, lambda: None),
         model_names=_model_names(config),
         chat_template=_chat_template(config, plugins, info),
         tool_parser=plugins.load(tool_parser) if tool_parser else None,

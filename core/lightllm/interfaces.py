@@ -355,10 +355,13 @@ class ReasoningGrammar(Protocol):
 
 
 class GrammarBackend(Protocol):
-    """Compiles grammars. Made in both processes, in the server's to check what clients send: it must not import torch
-    before `fill` is called. Its methods are called from several threads."""
+    """Compiles grammars. Its methods are called from several threads.
 
-    def __init__(self, tokenizer: RawTokenizer, vocab_size: int, eos_token_ids: Sequence[int]) -> None: ...
+    In the server process it only checks what clients send: there ``tokenizer`` is None, `fill` is never called, and
+    torch must not be imported.
+    """
+
+    def __init__(self, tokenizer: RawTokenizer | None, vocab_size: int, eos_token_ids: Sequence[int]) -> None: ...
 
     def compile(self, grammar: Grammar) -> GrammarMatcher:
         """In well under a second, whatever it is given. Raises `lightllm.grammar.GrammarError`."""

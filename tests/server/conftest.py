@@ -187,11 +187,10 @@ class Running:
 
 
 def state_of(engine, **fields) -> ServerState:
-    raw = byte_tokenizer()
     fields = {
         "config": Config(),
-        "tokenizer": Tokenizer(raw, eos_token="<eos>"),
-        "grammars": Grammars(lambda: Llguidance(raw, 257, [EOS])),
+        "tokenizer": Tokenizer(byte_tokenizer(), eos_token="<eos>"),
+        "grammars": Grammars(lambda: Llguidance(None, 257, [EOS])),
         "info": ModelInfo(path="/tiny", architecture="Tiny", config={}),
         "model_names": ("tiny", "org/alias"),
         "chat_template": ChatTemplate(TEMPLATE),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from random import Random
 from typing import TYPE_CHECKING
 
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
@@ -21,23 +22,26 @@ _PLACE = re.compile(r"at \d+\(\d+\): (failed to compile JSON schema: )?")
 
 
 class Llguidance:
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
-        self._size = max(vocab_size, tokenizer.get_vocab_size())
+    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         self._raw = tokenizer
-        self._tokenizer = LLTokenizer(tokenizer.to_str(), n_vocab=self._size, eos_token=list(eos_token_ids) or None)
+        if tokenizer is None:
+            self._tokenizer = LLTokenizer("byte")
+        else:
+            size = max(vocab_size, tokenizer.get_vocab_size())
+            self._tokenizer = LLTokenizer(tokenizer.to_str(), n_vocab=size, eos_token=list(eos_token_ids) or None)
         self._limits = LLParserLimits(verbose_errors=False)
         self._executor = LLExecutor()
 
     def compile(self, grammar: Grammar) -> Matcher:
         matcher = Matcher(LLMatcher(self._tokenizer, written(grammar, self._special), log_level=0, limits=self._limits))
-        if not matcher.error():
-            matcher.raw.compute_bitmask()  # some are found too costly only now
+        if not matcher.error() and self._raw is None:
+            _walk(matcher.raw)
         if reason := matcher.error():
             raise GrammarError(reason)
         return matcher
 
     def fill(self, matchers: Sequence[Matcher], masks: torch.Tensor) -> None:
-        words = -(-self._size // 32)
+        words = -(-self._tokenizer.vocab_size // 32)
         own = masks if masks.shape[1] == words else masks.new_empty(len(matchers), words)
         pairs = [(matcher.raw, i) for i, matcher in enumerate(matchers)]
         self._executor.unsafe_compute_mask_ptr(pairs, own.data_ptr(), 4 * words, len(pairs))
@@ -45,8 +49,22 @@ class Llguidance:
             masks.copy_(own[:, : masks.shape[1]])
 
     def _special(self, text: str) -> int | None:
-        token = self._raw.token_to_id(text)
+        token = self._raw.token_to_id(text) if self._raw is not None else None
         return token if token is not None and self._tokenizer.is_special_token(token) else None
+
+
+TRIAL = 32
+"""Steps of a random walk through a grammar that is checked."""
+
+
+def _walk(matcher: LLMatcher) -> None:
+    """Find out whether what could be compiled can be followed: some grammars become too costly on the way."""
+    random = Random(0)
+    for _ in range(TRIAL):
+        mask = int.from_bytes(matcher.compute_bitmask(), "little")
+        tokens = [token for token in range(mask.bit_length()) if mask >> token & 1]
+        if not tokens or not matcher.consume_token(random.choice(tokens)) or matcher.is_stopped():
+            break
 
 
 class Matcher:
@@ -62,7 +80,12 @@ class Matcher:
         return self.raw.consume_token(token)
 
     def error(self) -> str:
-        return _PLACE.sub("", self.raw.get_error().partition("\n")[0]) if self.raw.is_error() else ""
+        if not self.raw.is_error():
+            return ""
+        first, *more = _PLACE.sub("", self.raw.get_error()).splitlines()
+        # of a regular expression, which is shown in between
+        cause = next((line for line in more if line.startswith("error: ")), "")
+        return first.removesuffix(" (in regex): regex parse error:") + cause.replace("error", "", 1)
 
     def finished(self) -> bool:
         return self.raw.is_stopped()

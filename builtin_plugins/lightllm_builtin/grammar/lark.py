@@ -117,4 +117,6 @@ def _compact(schema: str) -> str:
         value = {}
     if not isinstance(value, dict):
         raise GrammarError("a JSON Schema is an object, true or false")
+    if "json-schema.org/draft" not in str(value.get("$schema")):
+        value.pop("$schema", None)  # llguidance insists on knowing it
     return json.dumps({"x-guidance": COMPACT, **value})

@@ -48,6 +48,10 @@ class Engine:
     def busy(self) -> bool:
         return bool(self._pending or self._compiling) or self.scheduler.busy
 
+    def warm(self) -> None:
+        """Make the grammar backend, which stops everything for a moment when it must be made amid requests."""
+        self._grammars.warm()
+
     def step(self) -> Step:
         """Advance every running sequence by a chunk of prompt or one token."""
         if self._compiling:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -28,6 +29,11 @@ class Grammars:
             if self._backend is None:
                 self._backend = self._make()
             return self._backend
+
+    def warm(self) -> None:
+        """Make the backend now. What is wrong with it is said to those who need it."""
+        with contextlib.suppress(Exception):
+            self.backend  # noqa: B018
 
     def compile(self, grammar: Grammar) -> GrammarMatcher:
         """A matcher at the beginning, to be forked, not to be used. Takes too long for an event loop or between steps.

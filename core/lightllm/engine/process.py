@@ -26,6 +26,10 @@ COMMANDS, REPORTS, START = "commands", "reports", "start"
 """Names in the private directory the two processes share: two sockets, and the file that says what to build."""
 
 
+QUIET_MILLISECONDS = 1000
+"""Without a request, after which there is time for what may be needed later."""
+
+
 def die_with_parent(directory: Path) -> None:
     """End this process when the one that started it is gone, however it went: its end of our stdin closes.
 
@@ -74,8 +78,12 @@ def run(directory: Path, build: Callable[[Callable[[Loading], None]], Engine]) -
 
 def _serve(engine: Engine, commands: zmq.Socket[bytes], report: Callable[[Report], None]) -> None:
     decoder = msgspec.msgpack.Decoder(Command)
+    warm = False
     while True:
         while True:
+            if not (warm or engine.busy or commands.poll(QUIET_MILLISECONDS)):
+                warm = True
+                engine.warm()
             try:
                 raw = commands.recv(zmq.NOBLOCK if engine.busy else 0)
             except zmq.Again:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from lightllm.server.protocol import ApiError, encode_json
 MAX_BYTES = 256 << 10
 MAX_DEPTH = 100
 
-_DRAFTS = ("draft-04/", "draft-06/", "draft-07/", "draft/2019-09/", "draft/2020-12/")
+_DRAFTS = re.compile(r"https?://json-schema\.org/(draft-0[467]|draft/2019-09|draft/2020-12)/schema#?")
 
 
 def check_schema(schema: Any, param: str) -> None:
@@ -22,7 +23,7 @@ def check_schema(schema: Any, param: str) -> None:
     if depth(schema, MAX_DEPTH) > MAX_DEPTH:
         raise ApiError(f"Invalid value for {param!r}: it is nested more than {MAX_DEPTH} deep.", param=param)
     check_size(len(encode_json(schema)), param)
-    if isinstance(schema, dict) and not _known(schema.get("$schema")):
+    if isinstance(schema, dict) and not _DRAFTS.fullmatch(str(schema.get("$schema"))):
         schema = {key: value for key, value in schema.items() if key != "$schema"}  # or it would be fetched
     try:
         jsonschema_rs.meta.validate(schema)
@@ -45,7 +46,3 @@ def depth(value: Any, most: int) -> int:
         level = [inner for item in level for inner in (item.values() if isinstance(item, Mapping) else item)]
         found += 1
     return found
-
-
-def _known(uri: Any) -> bool:
-    return isinstance(uri, str) and any(draft in uri for draft in _DRAFTS) and "json-schema.org" in uri
