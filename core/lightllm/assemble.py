@@ -365,7 +365,7 @@ def _server_state(
         raise UserError(f"{claims[name].label} claims the request field {name!r}, which is the server's own")
 
     tokenizer = checkpoint.tokenizer()
-    tool_parser = _tool_parser(config, plugins, info, tokenizer)
+    tool_parser = choose_tool_parser(config, plugins, info, tokenizer)
     reasoning_parser = plugins.find("reasoning_parsers", config.reasoning_parser) if config.reasoning_parser else None
     return ServerState(
         config=config,
@@ -384,7 +384,8 @@ def _server_state(
     )
 
 
-def _tool_parser(config: Config, plugins: Plugins, info: ModelInfo, tokenizer: RawTokenizer) -> Provided | None:
+def choose_tool_parser(config: Config, plugins: Plugins, info: ModelInfo, tokenizer: RawTokenizer) -> Provided | None:
+    """None where it is switched off, or where none fits under ``auto``."""
     if config.tool_call_parser == "none":
         return None
     if config.tool_call_parser != "auto":

@@ -5,8 +5,12 @@ from collections.abc import Collection, Sequence
 from lightllm import ModelInfo, ToolParserRecord, hookimpl
 
 
+def _template(info: ModelInfo) -> str:
+    return (info.chat_template or "").replace('\\"', '"')  # it may stand in a string of the template
+
+
 def _qwen25(info: ModelInfo, tokens: Collection[str]) -> str | None:
-    template = info.chat_template or ""
+    template = _template(info)
     if "<tool_call>" not in template:
         return "the chat template does not write <tool_call>"
     # Qwen3-Coder, GLM and others put something else between the same tags
@@ -14,18 +18,18 @@ def _qwen25(info: ModelInfo, tokens: Collection[str]) -> str | None:
 
 
 def _llama3(info: ModelInfo, tokens: Collection[str]) -> str | None:
-    template = info.chat_template or ""
+    template = _template(info)
     return None if '"parameters": ' in template else 'the chat template does not write {"name": ..., "parameters": ...}'
 
 
 def _mistral(info: ModelInfo, tokens: Collection[str]) -> str | None:
-    if "[TOOL_CALLS]" in tokens or "[TOOL_CALLS]" in (info.chat_template or ""):
+    if "[TOOL_CALLS]" in tokens or "[TOOL_CALLS]" in _template(info):
         return None
     return "neither the tokenizer nor the chat template knows [TOOL_CALLS]"
 
 
 def _pythonic(info: ModelInfo, tokens: Collection[str]) -> str | None:
-    template = info.chat_template or ""
+    template = _template(info)
     if "<|python_start|>" in tokens or "[func_name1(" in template:
         return None
     return "the tokenizer does not know <|python_start|>, and the chat template shows no [name(key=value)]"
