@@ -380,6 +380,10 @@ class GrammarMatcher(Protocol):
     def accept(self, token: int) -> bool:
         """Go on by a token. False where the grammar does not allow it, or has become too costly; `error` says."""
 
+    def forced(self) -> list[int]:
+        """Tokens that must come next, in the tokenizer's own way of cutting text; may leave some out, or all. They have
+        not been accepted yet."""
+
     def error(self) -> str:
         """Why it cannot go on; "" while it can."""
 

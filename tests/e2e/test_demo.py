@@ -45,14 +45,15 @@ def test_the_capital_of_france_is_paris_whole_and_streamed(demo: RealServer) -> 
         assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == whole
 
 
-def test_the_readmes_example_prints_what_it_says(demo: RealServer) -> None:
+def test_the_readmes_examples_print_what_it_says(demo: RealServer) -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(from openai import .*?)```", readme, re.DOTALL)
-    (printed,) = re.findall(r"^prints `(.*)`", readme, re.MULTILINE)
-    assert "http://127.0.0.1:8000" in code
-    code = code.replace("http://127.0.0.1:8000", demo.url)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout == printed
+    examples = re.findall(r"```python\n((?:(?!```).)*?)```\n\n(?:and )?prints `(.*?)`", readme, re.DOTALL)
+    assert len(examples) == 2
+    for code, printed in examples:
+        assert "http://127.0.0.1:8000" in code
+        code = code.replace("http://127.0.0.1:8000", demo.url)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+        assert done.stdout.strip() == printed
 
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"])

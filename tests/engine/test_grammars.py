@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import threading
@@ -16,12 +17,12 @@ from lightllm import GrammarBackendRecord, hookimpl
 from lightllm.assemble import build_engine
 from lightllm.config import Config
 from lightllm.engine.engine import Engine
-from lightllm.engine.request import Abort, Generate, Output, SamplingParams
-from lightllm.grammar import Fixed, Grammar, GrammarError, OneOf, Regex
+from lightllm.engine.request import Abort, Generate, Output, SamplingParams, joined
+from lightllm.grammar import Fixed, Grammar, GrammarError, Joined, OneOf, Regex
 from lightllm.grammar import json as json_of
 from lightllm.plugins import Plugins, Recipe
 from lightllm.tokenizer import level_bytes
-from lightllm_builtin.grammar.backend import Llguidance
+from lightllm_builtin.grammar.backend import Llguidance, Matcher
 
 EOS = 2
 SCHEMA = {
@@ -128,6 +129,25 @@ def test_an_empty_answer_is_one(engine: Engine) -> None:
     for params in ({}, {"min_tokens": 3}):
         output = engine.generate(request("a", Fixed(""), **params))["a", 0]
         assert (output.tokens, output.finish) == ([], "stop")
+
+
+def test_tokens_without_a_choice_come_without_a_step(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    grammar = Joined((Regex("[a-z]{3}"), Fixed(" crosses the road at "), Regex("[0-9]")))
+    steps = 0
+    engine.add(request("a", grammar))
+    outputs = []
+    while engine.busy:
+        outputs += engine.step().outputs
+        steps += 1
+    forced = functools.reduce(joined, outputs)
+    assert steps < 8 and len(forced.tokens) == 25
+    for size in range(1, 25):
+        cut = engine.generate(request("a", grammar, max_tokens=size))["a", 0]
+        assert (cut.tokens, cut.finish) == (forced.tokens[:size], "length")
+    assert engine.generate(request("a", grammar, max_tokens=25))["a", 0].finish == "stop"
+    monkeypatch.setattr(Matcher, "forced", lambda self: [])
+    stepwise = engine.generate(request("a", grammar))["a", 0]
+    assert (stepwise.tokens, stepwise.finish) == (forced.tokens, forced.finish)
 
 
 def test_logprobs_are_the_models_own(engine: Engine) -> None:

@@ -79,6 +79,9 @@ class Matcher:
     def accept(self, token: int) -> bool:
         return self.raw.consume_token(token)
 
+    def forced(self) -> list[int]:
+        return self.raw.compute_ff_tokens()
+
     def error(self) -> str:
         if not self.raw.is_error():
             return ""

@@ -77,6 +77,17 @@ class Masks:
             if result.ended:
                 result.token = None
             elif h.matcher.accept(result.token):
+                if h.seq.params.logprobs is None:  # these will have none
+                    result.forced = self._forced(h)
                 result.ended = h.matcher.finished()
             else:
                 result.refusal = h.matcher.error() or "no token is left that the grammar and the request both allow"
+
+    def _forced(self, h: Held) -> list[int]:
+        """Tokens that need no model to be chosen."""
+        forced = []
+        for token in h.matcher.forced():
+            if token in h.seq.stop_ids or not h.matcher.accept(token):
+                break
+            forced.append(token)
+        return forced

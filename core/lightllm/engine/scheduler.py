@@ -93,12 +93,14 @@ class Plan:
 
 @dataclass
 class Result:
-    """What the runner found for one item. ``ended``: the grammar allows nothing after the token, or not even one.
+    """What the runner found for one item. ``forced``: tokens that the grammar lets follow ``token`` without a choice.
 
+    ``ended``: the grammar allows nothing more; without a ``token``, not even one.
     Why the sequence cannot go on: ``refusal`` where that lies in the request, ``error`` where it lies here.
     """
 
     token: int | None = None
+    forced: list[int] = field(default_factory=list)
     ended: bool = False
     refusal: str | None = None
     error: str | None = None
@@ -313,11 +315,13 @@ class Scheduler:
             return self._output(seq, [], "stop")
         if token in seq.stop_ids and len(seq.output) >= seq.params.min_tokens:
             return self._output(seq, [], "stop", stop=token)
-        seq.output.append(token)
-        self._generated_tokens += 1
-        full = len(seq.output) >= seq.params.max_tokens or len(seq) >= self.max_model_len
-        finish = "stop" if result.ended else "length" if full else None
-        return self._output(seq, [token], finish, result.logprobs)
+        room = min(seq.params.max_tokens - len(seq.output), self.max_model_len - len(seq))
+        tokens = [token, *result.forced]
+        whole = len(tokens) <= room
+        seq.output += tokens[:room]
+        self._generated_tokens += len(tokens[:room])
+        finish = "stop" if result.ended and whole else "length" if len(tokens) >= room else None
+        return self._output(seq, tokens[:room], finish, result.logprobs)
 
     def _output(
         self,
