@@ -10,7 +10,6 @@ from lightllm import grammar as g
 from lightllm.engine.grammars import Grammars
 from lightllm_builtin.reasoning.think import DeepSeekR1Parser, Qwen3Parser
 from lightllm_builtin.tool_parsers.mistral import MistralParser
-from lightllm_builtin.tool_parsers.pythonic import PythonicParser
 from lightllm_builtin.tool_parsers.qwen25 import Qwen25Parser
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
@@ -220,7 +219,11 @@ def test_a_schema_that_cannot_be_enforced_does_no_harm_where_it_need_not_be(tool
 def test_calls_cannot_be_forced_without_a_parser_that_can(server, kit):
     refused(server, "tool_choice", "--tool-call-parser", tools=[tool()], tool_choice="required")
     refused(server, "tools", "--tool-call-parser", tools=[tool(strict=True)])
-    with kit.running(tool_parser=PythonicParser) as other:
+
+    class Plain(Qwen25Parser):
+        grammar = None
+
+    with kit.running(tool_parser=Plain) as other:
         refused(other, "tool_choice", "cannot write a grammar", tools=[tool()], tool_choice="required")
 
 

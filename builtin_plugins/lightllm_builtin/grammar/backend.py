@@ -34,9 +34,10 @@ class Llguidance:
 
     def compile(self, grammar: Grammar) -> Matcher:
         matcher = Matcher(LLMatcher(self._tokenizer, written(grammar, self._special), log_level=0, limits=self._limits))
-        if not matcher.error() and self._raw is None:
-            _walk(matcher.raw)
-        if reason := matcher.error():
+        reason = matcher.error()
+        if not reason and self._raw is None:
+            reason = _trial(matcher.fork())
+        if reason:
             raise GrammarError(reason)
         return matcher
 
@@ -57,14 +58,15 @@ TRIAL = 32
 """Steps of a random walk through a grammar that is checked."""
 
 
-def _walk(matcher: LLMatcher) -> None:
-    """Find out whether what could be compiled can be followed: some grammars become too costly on the way."""
+def _trial(matcher: Matcher) -> str:
+    """What is wrong with a grammar that can be compiled but not followed: some become too costly on the way."""
     random = Random(0)
     for _ in range(TRIAL):
-        mask = int.from_bytes(matcher.compute_bitmask(), "little")
+        mask = int.from_bytes(matcher.raw.compute_bitmask(), "little")
         tokens = [token for token in range(mask.bit_length()) if mask >> token & 1]
-        if not tokens or not matcher.consume_token(random.choice(tokens)) or matcher.is_stopped():
+        if not tokens or not matcher.accept(random.choice(tokens)) or matcher.finished():
             break
+    return matcher.error()
 
 
 class Matcher:

@@ -225,11 +225,19 @@ class CallParser(ABC):
 # Calls as grammars
 
 
-def arguments_of(tool: Mapping[str, Any], *, required: bool) -> Grammar:
-    """What `lightllm.CallGrammar` says of the arguments of a tool."""
+def schema_of(tool: Mapping[str, Any], *, required: bool) -> dict[str, Any]:
+    """What a tool's arguments are held to (`lightllm.CallGrammar`). A tool without parameters takes none."""
     function = tool["function"]
-    exact = required or function.get("strict")
-    return grammar.json((function.get("parameters") if exact else None) or {"type": "object"})
+    if not (required or function.get("strict")):
+        return {"type": "object"}
+    parameters = function.get("parameters")
+    if parameters is None:
+        parameters = {"properties": {}, "additionalProperties": False}
+    return {"type": "object", **parameters}
+
+
+def arguments_of(tool: Mapping[str, Any], *, required: bool) -> Grammar:
+    return grammar.json(schema_of(tool, required=required))
 
 
 def call_object(tool: Mapping[str, Any], key: str, *, required: bool) -> Grammar:

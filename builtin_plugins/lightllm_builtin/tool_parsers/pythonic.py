@@ -11,8 +11,12 @@ import ast
 import json
 import re
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
-from lightllm_builtin.tool_parsers.calls import COMMAS, CallParser, without_surrogates
+from lightllm import grammar
+from lightllm.grammar import Fixed, Grammar, GrammarError, Joined, OneOf, Regex, Repeated, Trigger, Triggered
+from lightllm_builtin.tool_parsers.calls import COMMAS, CallParser, schema_of, several, without_surrogates
 from lightllm_builtin.tool_parsers.scan import PYTHON, Fault, Steps, first_of
 
 _NAME = re.compile(r"[-.\w]+")
@@ -61,6 +65,64 @@ class PythonicParser(CallParser):
             self.start(name, "{")
         self.arguments("}")
         self.drop()
+
+    def grammar(self, *, required: bool, parallel: bool) -> Grammar:
+        calls, triggers = [], []
+        for tool in self.tools:
+            name = tool["function"]["name"]
+            rest = Joined((_arguments(name, schema_of(tool, required=required)), Fixed(")")))
+            calls.append(Joined((Fixed(f"{name}("), rest)))
+            triggers.append((Regex(re.escape(f"[{name}(")), rest))
+        comma, end = Fixed(", "), Fixed("]")
+        if required:
+            return Joined((Fixed("["), several(OneOf(tuple(calls)), comma, parallel=parallel), end))
+        more = Repeated(Joined((comma, OneOf(tuple(calls)))), most=None if parallel else 0)
+        then = [Trigger(at, Joined((rest, more, end))) for at, rest in triggers]
+        return Triggered(tuple(then), most=None if parallel else 1)
+
+
+def _arguments(name: str, schema: Mapping[str, Any]) -> Grammar:
+    """``key=value, ...``: first those that must be given, each in the schema's order. JSON's values are Python's."""
+    if clash := schema.keys() & _BEYOND:
+        raise GrammarError(f"{name}: {', '.join(sorted(clash))} cannot be kept to in calls of this model's form")
+    if "properties" not in schema:
+        one = Joined((Regex("[a-zA-Z_][a-zA-Z0-9_]*"), Fixed("="), grammar.json({})))
+        return Repeated(Joined((one, Repeated(Joined((Fixed(", "), one))))), most=1)
+    shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    given: dict[str, Grammar] = {}
+    for key, value in schema["properties"].items():
+        if not _NAME.fullmatch(key):
+            raise GrammarError(f"{name}: an argument cannot be called {key!r} in calls of this model's form")
+        value = {**value, **shared} if isinstance(value, dict) else value
+        given[key] = Joined((Fixed(f"{key}="), grammar.json(value)))
+    must = [key for key in given if key in schema.get("required", ())]
+    if absent := set(schema.get("required", ())) - given.keys():
+        raise GrammarError(f"{name}: required arguments need a schema: {', '.join(sorted(absent))}")
+    may = [Repeated(Joined((Fixed(", "), given[key])), most=1) for key in given if key not in must]
+    if must:
+        first = [part for key in must for part in (Fixed(", "), given[key])][1:]
+        return Joined((*first, *may))
+    # whichever comes first has no comma before it
+    ways = [Joined((given[key], *may[i + 1 :])) for i, key in enumerate(given)]
+    return Repeated(OneOf(tuple(ways)), most=1) if ways else Fixed("")
+
+
+_BEYOND = frozenset(
+    {
+        "anyOf",
+        "oneOf",
+        "allOf",
+        "$ref",
+        "not",
+        "if",
+        "patternProperties",
+        "minProperties",
+        "maxProperties",
+        "enum",
+        "const",
+    }
+)
+"""Keywords of an object as a whole."""
 
 
 class _Words(ast.NodeTransformer):

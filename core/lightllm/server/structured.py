@@ -59,7 +59,7 @@ async def chat_grammar(
         forced = tools.required or wish is not None
         options.append(_calls(tools, tool_parser, required=forced, parallel=parallel))
         parts += [
-            Wish(g.json(tool["function"].get("parameters") or ANY_OBJECT), f"tools[{i}].function.parameters")
+            Wish(g.json(tool["function"].get("parameters") or {}), f"tools[{i}].function.parameters")
             for tool, i in zip(tools.callable, tools.indices, strict=True)
             if forced or tool["function"].get("strict")
         ]
@@ -75,15 +75,18 @@ async def chat_grammar(
 
 
 def _calls(tools: Tools, parser: ToolParser | None, *, required: bool, parallel: bool) -> Grammar:
-    if isinstance(parser, CallGrammar):
-        return parser.grammar(required=required, parallel=parallel)
     param = "tool_choice" if tools.required else "tools"
-    what = "to force tool calls" if tools.required else "strict tools"
+    if isinstance(parser, CallGrammar):
+        try:
+            return parser.grammar(required=required, parallel=parallel)
+        except GrammarError as error:
+            raise ApiError(f"These tools cannot be held to their schemas: {error}.", param="tools") from None
+    what = "forced calls" if tools.required else "strict tools"
     if parser is None:
         raise ApiError(
-            f"This server was started without a tool parser (--tool-call-parser), {what} needs one.", param=param
+            f"This server was started without a tool parser (--tool-call-parser), {what} need one.", param=param
         )
-    raise ApiError(f"This server's tool parser cannot write a grammar, {what} needs one.", param=param)
+    raise ApiError(f"This server's tool parser cannot write a grammar, {what} need one.", param=param)
 
 
 async def _compile(state: ServerState, grammar: Grammar, parts: Sequence[Wish]) -> None:
