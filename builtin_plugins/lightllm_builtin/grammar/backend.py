@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 
 from lightllm.grammar import Grammar, GrammarError
-from lightllm_builtin.grammar.lark import written
+from lightllm_builtin.grammar.lark import modest, written
 
 if TYPE_CHECKING:
     import torch
@@ -33,13 +33,15 @@ class Llguidance:
         self._executor = LLExecutor()
 
     def compile(self, grammar: Grammar) -> Matcher:
-        matcher = Matcher(LLMatcher(self._tokenizer, written(grammar, self._special), log_level=0, limits=self._limits))
-        reason = matcher.error()
-        if not reason and self._raw is None:
-            reason = _trial(matcher.fork())
-        if reason:
-            raise GrammarError(reason)
-        return matcher
+        for forcing in (True, False) if modest(grammar) else (False,):
+            text = written(grammar, self._special, forcing=forcing)
+            matcher = Matcher(LLMatcher(self._tokenizer, text, log_level=0, limits=self._limits))
+            reason = matcher.error()
+            if not reason:
+                reason = _trial(matcher.fork()) if self._raw is None else ""
+            if not reason:
+                return matcher
+        raise GrammarError(reason)
 
     def fill(self, matchers: Sequence[Matcher], masks: torch.Tensor) -> None:
         words = -(-self._tokenizer.vocab_size // 32)
@@ -88,6 +90,8 @@ class Matcher:
         if not self.raw.is_error():
             return ""
         first, *more = _PLACE.sub("", self.raw.get_error()).splitlines()
+        if first.startswith("NoExtension"):
+            return "nothing can match it"
         # of a regular expression, which is shown in between
         cause = next((line for line in more if line.startswith("error: ")), "")
         return first.removesuffix(" (in regex): regex parse error:") + cause.replace("error", "", 1)

@@ -32,10 +32,61 @@ COMPACT = {"whitespace_flexible": False, "item_separator": ",", "key_separator":
 _ANY = "(?s:.*)"
 
 
-def written(grammar: Grammar, special: Callable[[str], int | None]) -> str:
+LONG = 64
+"""Characters of a literal, and repetitions, from which on a grammar is not `modest`."""
+
+
+def written(grammar: Grammar, special: Callable[[str], int | None], *, forcing: bool) -> str:
     """What llguidance reads. ``special``: the id of a special token, None where there is no such. Raises
-    `GrammarError`."""
-    return _Writer(special).write(grammar)
+    `GrammarError`.
+
+    ``forcing``: llguidance looks ahead for text that has no alternative, and does so without an end in sight; only for
+    `modest` grammars is the end near.
+    """
+    return _Writer(special).write(grammar, forcing)
+
+
+def modest(node: Grammar) -> bool:
+    """Whether no text that must come can be very long."""
+    match node:
+        case Json(schema):
+            return _modest(json.loads(schema))
+        case Regex(pattern):
+            return _modest_pattern(pattern)
+        case Rules():
+            return False
+        case Joined(parts) | OneOf(parts):
+            return all(map(modest, parts))
+        case Repeated(part):
+            return modest(part)
+        case Triggered(triggers):
+            return all(modest(trigger.then) for trigger in triggers)
+        case _:
+            return True
+
+
+def _modest(schema: Any) -> bool:
+    """Of a JSON Schema, or of anything in it."""
+    if isinstance(schema, list):
+        return all(map(_modest, schema))
+    if not isinstance(schema, dict):
+        return len(str(schema)) <= LONG
+    for key, value in schema.items():
+        if key in ("title", "description", "default", "examples", "$comment", "$schema", "$id", "$ref"):
+            continue
+        if key == "pattern" and isinstance(value, str):
+            fits = _modest_pattern(value)
+        elif key in ("minItems", "minLength", "minProperties") and isinstance(value, int):
+            fits = value <= LONG
+        else:
+            fits = len(key) <= LONG and _modest(value)
+        if not fits:
+            return False
+    return True
+
+
+def _modest_pattern(pattern: str) -> bool:
+    return len(pattern) <= 4 * LONG and all(int(count) <= LONG for count in re.findall(r"\d+", pattern))
 
 
 class _Writer:
@@ -44,9 +95,10 @@ class _Writer:
         self._rules: list[str] = []
         self._others: list[dict[str, str]] = []  # grammars of their own
 
-    def write(self, grammar: Grammar) -> str:
+    def write(self, grammar: Grammar, forcing: bool) -> str:
         start = self._expression(grammar)
-        lark = "\n".join(["%llguidance {}", f"start: {start}", *self._rules, ""])
+        options = json.dumps({"no_forcing": not forcing})
+        lark = "\n".join([f"%llguidance {options}", f"start: {start}", *self._rules, ""])
         return json.dumps({"grammars": [{"name": "answer", "lark_grammar": lark}, *self._others]})
 
     def _expression(self, node: Grammar) -> str:
@@ -64,6 +116,8 @@ class _Writer:
                 return self._other(source)
             case Joined(parts):
                 return f"( {' '.join(map(self._expression, parts))} )"
+            case OneOf(options) if len(options) > LONG and all(isinstance(option, Fixed) for option in options):
+                return self._rule(" | ".join(map(self._expression, options)), name="T")  # a terminal: one lexeme
             case OneOf(options):
                 return f"( {' | '.join(map(self._expression, options))} )"
             case Repeated(part, least, most):
@@ -99,8 +153,8 @@ class _Writer:
             return f"{tag}{{{node.most}}}"
         return f"( {tag}{{{node.least},{node.most - 1}}} {text} | {tag}{{{node.most}}} )"
 
-    def _rule(self, body: str, options: str = "") -> str:
-        name = f"r{len(self._rules)}"
+    def _rule(self, body: str, options: str = "", name: str = "r") -> str:
+        name += str(len(self._rules))
         self._rules.append(f"{name}{options}: {body}")
         return name
 
