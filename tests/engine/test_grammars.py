@@ -18,7 +18,7 @@ from lightllm.assemble import build_engine
 from lightllm.config import Config
 from lightllm.engine.engine import Engine
 from lightllm.engine.request import Abort, Generate, Output, SamplingParams, joined
-from lightllm.grammar import Fixed, Grammar, GrammarError, Joined, OneOf, Regex
+from lightllm.grammar import Fixed, Grammar, GrammarError, Joined, OneOf, Regex, Rules
 from lightllm.grammar import json as json_of
 from lightllm.plugins import Plugins, Recipe
 from lightllm.tokenizer import level_bytes
@@ -170,6 +170,26 @@ def test_a_request_can_be_dropped_while_its_grammar_is_compiled(engine: Engine) 
     engine.abort(Abort(id="gone"))
     assert not engine.busy
     assert text(engine.generate(request("next", Fixed("yes")))["next", 0]) == "yes"
+
+
+HOSTILE = [
+    Regex("(?:a?){500}a{500}"),
+    Regex("(a{1,1000}){1,1000}"),
+    Regex("a{1000000}{1000000}"),
+    Regex("(.*a.*){30}"),
+    Rules('root ::= x{10000}\nx ::= "a"{10000}\n'),
+    Rules('root ::= root root | "a"\n'),
+    json_of({"type": "array", "minItems": 50000, "items": {"const": "a" * 100000}}),
+    json_of({"properties": {"a": {"$ref": "#"}, "k": {"const": "x" * 60}}, "required": ["k", "a"]}),
+]
+"""Each of these made some step of some library take minutes, or gigabytes."""
+
+
+@pytest.mark.parametrize("grammar", HOSTILE, ids=lambda g: str(g)[:30])
+def test_hostile_grammars_do_no_harm(engine: Engine, grammar: Grammar) -> None:
+    done = engine.generate(request("bad", grammar, max_tokens=30), request("free", None, max_tokens=5, ignore_eos=True))
+    assert done["bad", 0].finish in ("length", "stop", "refused")
+    assert len(done["free", 0].tokens) == 5
 
 
 # --- what other backends may do
