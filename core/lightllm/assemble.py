@@ -6,6 +6,7 @@ The only module that knows everyone. Heavy imports stay inside the functions of 
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     from lightllm.chat import ChatTemplate
     from lightllm.engine.client import EngineClient
     from lightllm.engine.engine import Engine
-    from lightllm.engine.grammars import Grammars
     from lightllm.engine.request import Loading
+    from lightllm.server.checker import GrammarChecker
     from lightllm.server.state import ServerState
 
 log = logging.getLogger("lightllm")
@@ -93,18 +94,12 @@ def linear_method(plugins: Plugins, config: Config) -> Provided:
     return plugins.find("linear_methods", config.quantization or "dense")
 
 
-def _grammars(
-    config: Config, plugins: Plugins, info: ModelInfo, tokenizer: Callable[[], RawTokenizer | None]
-) -> Grammars:
-    """The chosen grammar backend, to be made when it is first needed: most servers never do."""
-    from lightllm.engine.grammars import Grammars
-
-    def make() -> GrammarBackend:
-        target = plugins.load(_best(plugins, "grammar_backends", config.grammar_backend))
-        backend: GrammarBackend = target(tokenizer(), info.config["vocab_size"], info.eos_token_ids())
-        return backend
-
-    return Grammars(make)
+def _grammar_backend(
+    config: Config, plugins: Plugins, tokenizer: RawTokenizer | None, vocab_size: int, eos_token_ids: Sequence[int]
+) -> GrammarBackend:
+    target = plugins.load(_best(plugins, "grammar_backends", config.grammar_backend))
+    backend: GrammarBackend = target(tokenizer, vocab_size, eos_token_ids)
+    return backend
 
 
 def _best(plugins: Plugins, kind: str, name: str) -> Provided:
@@ -141,6 +136,7 @@ def build_engine(
     import torch
 
     from lightllm.engine.engine import Engine
+    from lightllm.engine.grammars import Grammars
     from lightllm.engine.kvcache import KVCache
     from lightllm.engine.masks import Masks
     from lightllm.engine.request import Loading, Ready
@@ -192,7 +188,9 @@ def build_engine(
     for provided in plugins.records("logits_processors"):
         processors |= dict.fromkeys(provided.record.fields, plugins.load(provided)(info))
     vocab_size: int = info.config["vocab_size"]
-    grammars = _grammars(config, plugins, info, checkpoint.tokenizer)
+    eos_token_ids = info.eos_token_ids()
+    # made when it is first needed: most servers never do
+    grammars = Grammars(lambda: _grammar_backend(config, plugins, checkpoint.tokenizer(), vocab_size, eos_token_ids))
     masks = Masks(grammars, vocab_size, device)
     runner = Runner(model, plugins.load(backend)(job, pool), plugins.load(sampler)(), processors, masks, device)
     scheduler = Scheduler(
@@ -200,7 +198,7 @@ def build_engine(
         max_batch_tokens=config.max_batch_tokens or DEFAULT_STEP_TOKENS[device.type],
         max_running=config.max_running_requests,
         max_model_len=max_model_len,
-        eos_token_ids=info.eos_token_ids(),
+        eos_token_ids=eos_token_ids,
     )
     pool_bytes = KVPool.bytes_per_token(make.attention_layers, dtype) * slots
     summary = [
@@ -212,6 +210,22 @@ def build_engine(
     ]
     ready = Ready(max_model_len=max_model_len, total_slots=slots, vocab_size=vocab_size, summary=summary)
     return Engine(scheduler, runner, grammars, ready)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The process that checks grammars
+
+
+def check_grammars() -> int:
+    from lightllm.server.checker import serve_checks
+
+    def make(message: bytes) -> GrammarBackend:
+        start = msgspec.msgpack.decode(message, type=Start)
+        configure_logging(start.config)
+        return _grammar_backend(start.config, Plugins.discover(start.recipe, quiet=True), None, 0, ())
+
+    serve_checks(make)
+    return 0
 
 
 def _device(config: Config) -> torch.device:
@@ -312,6 +326,7 @@ def serve(config: Config, plugins: Plugins) -> int:
     Whatever can be found out without the engine is found out before it is started.
     """
     from lightllm.engine.client import EngineClient
+    from lightllm.server.checker import GrammarChecker
     from lightllm.server.run import LoadingBar, address, listen, run
 
     configure_logging(config)
@@ -325,7 +340,10 @@ def serve(config: Config, plugins: Plugins) -> int:
         engine = EngineClient(msgspec.msgpack.encode(start), bar.show)
         try:
             engine.launch()  # it loads while this process imports and builds the rest
-            state = _server_state(config, plugins, checkpoint, info, engine)
+            checker = GrammarChecker(
+                [sys.executable, "-m", "lightllm", "check-grammars"], msgspec.msgpack.encode(start)
+            )
+            state = _server_state(config, plugins, checkpoint, info, engine, checker)
 
             def ready() -> None:
                 assert engine.ready is not None
@@ -335,7 +353,7 @@ def serve(config: Config, plugins: Plugins) -> int:
 
             from lightllm.server.app import create_app
 
-            return run(create_app(state), engine, sock, ready)
+            return run(create_app(state), engine, checker, sock, ready)
         finally:
             engine.close()
 
@@ -354,7 +372,12 @@ def _check_choices(config: Config, plugins: Plugins, info: ModelInfo) -> None:
 
 
 def _server_state(
-    config: Config, plugins: Plugins, checkpoint: Checkpoint, info: ModelInfo, engine: EngineClient
+    config: Config,
+    plugins: Plugins,
+    checkpoint: Checkpoint,
+    info: ModelInfo,
+    engine: EngineClient,
+    checker: GrammarChecker,
 ) -> ServerState:
     from lightllm.server.protocol import REQUEST_FIELDS
     from lightllm.server.state import ServerState
@@ -372,7 +395,7 @@ def _server_state(
         engine=engine,
         tokenizer=Tokenizer(tokenizer, bos_token=info.bos_token, eos_token=info.eos_token),
         info=info,
-        grammars=_grammars(config, plugins, info, lambda: None),
+        checker=checker,
         model_names=_model_names(config),
         chat_template=_chat_template(config, plugins, info),
         tool_parser=plugins.load(tool_parser) if tool_parser else None,

@@ -24,6 +24,10 @@ def main(argv: Sequence[str] | None = None, *, lightllm_names: bool = False) -> 
             from lightllm.assemble import run_engine
 
             return run_engine(arguments[1:])
+        if arguments[:1] == ["check-grammars"]:
+            from lightllm.assemble import check_grammars
+
+            return check_grammars()
         if arguments[:1] == ["plugins"]:
             return _list_plugins(arguments[1:])
         return _serve(arguments, lightllm_names)

@@ -357,14 +357,14 @@ class ReasoningGrammar(Protocol):
 class GrammarBackend(Protocol):
     """Compiles grammars. Its methods are called from several threads.
 
-    In the server process it only checks what clients send: there ``tokenizer`` is None, `fill` is never called, and
-    torch must not be imported.
+    What clients send is first compiled in a process that does nothing else: there ``tokenizer`` is None and `fill` is
+    never called. What takes that process too long, or ends it, never gets to the engine.
     """
 
     def __init__(self, tokenizer: RawTokenizer | None, vocab_size: int, eos_token_ids: Sequence[int]) -> None: ...
 
     def compile(self, grammar: Grammar) -> GrammarMatcher:
-        """In well under a second, whatever it is given. Raises `lightllm.grammar.GrammarError`."""
+        """A new matcher, at the beginning. Raises `lightllm.grammar.GrammarError`."""
 
     def fill(self, matchers: Sequence[GrammarMatcher], masks: torch.Tensor) -> None:
         """The tokens each may take next: masks [matchers, ceil(vocabulary / 32)] int32 on the CPU, a bit for each token
@@ -373,9 +373,6 @@ class GrammarBackend(Protocol):
 
 class GrammarMatcher(Protocol):
     """How far one answer has come in its grammar."""
-
-    def fork(self) -> GrammarMatcher:
-        """A copy that goes its own way."""
 
     def accept(self, token: int) -> bool:
         """Go on by a token. False where the grammar does not allow it, or has become too costly; `error` says."""

@@ -177,9 +177,11 @@ HOSTILE = [
     Regex("(a{1,1000}){1,1000}"),
     Regex("a{1000000}{1000000}"),
     Regex("(.*a.*){30}"),
+    Regex(".*a.{200}b"),
+    Rules('start: s\ns: s s s | "a" | ""\n'),
     Rules('root ::= x{10000}\nx ::= "a"{10000}\n'),
     Rules('root ::= root root | "a"\n'),
-    json_of({"type": "array", "minItems": 50000, "items": {"const": "a" * 100000}}),
+    json_of({"type": "array", "minItems": 50000, "items": {"const": "a" * 4000}}),
     json_of({"properties": {"a": {"$ref": "#"}, "k": {"const": "x" * 60}}, "required": ["k", "a"]}),
 ]
 """Each of these made some step of some library take minutes, or gigabytes."""
@@ -210,10 +212,8 @@ class Moody(Llguidance):
             raise GrammarError("I will not")
         matcher = super().compile(grammar)
         if grammar == Regex("accept"):
-            matcher.fork = lambda: matcher
             matcher.accept = lambda token: False
         if grammar == Regex("fill"):
-            matcher.fork = lambda: matcher
             matcher.raw = None
         return matcher
 

@@ -18,7 +18,6 @@ from lightllm import ModelInfo
 from lightllm.chat import ChatTemplate
 from lightllm.config import Config
 from lightllm.engine.client import EngineUnavailable
-from lightllm.engine.grammars import Grammars
 from lightllm.engine.request import Logprobs, Output, Ready, Stats
 from lightllm.server.app import ServerState, create_app
 from lightllm.tokenizer import Tokenizer
@@ -70,6 +69,15 @@ def says(text: str | bytes, *, size: int = 1, finish: str = "stop"):
 
 def entry(token: int, top: int) -> Logprobs:
     return Logprobs(token, -0.5, [(token, -0.5), (ord("z"), -1.5), (EOS, float("-inf"))][:top])
+
+
+class LocalChecker:
+    """Checks grammars without a process of its own."""
+
+    backend = Llguidance(None, 257, [EOS])
+
+    async def check(self, grammar):
+        self.backend.compile(grammar)
 
 
 class FakeGeneration:
@@ -190,7 +198,7 @@ def state_of(engine, **fields) -> ServerState:
     fields = {
         "config": Config(),
         "tokenizer": Tokenizer(byte_tokenizer(), eos_token="<eos>"),
-        "grammars": Grammars(lambda: Llguidance(None, 257, [EOS])),
+        "checker": LocalChecker(),
         "info": ModelInfo(path="/tiny", architecture="Tiny", config={}),
         "model_names": ("tiny", "org/alias"),
         "chat_template": ChatTemplate(TEMPLATE),

@@ -7,7 +7,6 @@ import pytest
 
 from lightllm import Text
 from lightllm import grammar as g
-from lightllm.engine.grammars import Grammars
 from lightllm_builtin.reasoning.think import DeepSeekR1Parser, Qwen3Parser
 from lightllm_builtin.tool_parsers.mistral import MistralParser
 from lightllm_builtin.tool_parsers.qwen25 import Qwen25Parser
@@ -142,17 +141,6 @@ def test_what_cannot_be_is_refused_by_name(server, fields, param, word):
 
 def test_a_hundred_deep_is_not_too_deep(server):
     assert grammar_of(server, guided_json=nested(99)) is not None
-
-
-def test_a_server_without_a_grammar_backend_says_so(kit):
-    from lightllm import UserError
-
-    def make():
-        raise UserError("no plugin provides grammar backends")
-
-    with kit.running(grammars=Grammars(make)) as server:
-        refused(server, "guided_regex", "no plugin provides grammar backends", guided_regex="a")
-        assert server.chat().choices[0].message.content == "Hello!"
 
 
 # --- tools

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 
 from lightllm.grammar import Grammar, GrammarError
-from lightllm_builtin.grammar.lark import modest, written
+from lightllm_builtin.grammar.lark import has_schema, modest, written
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +21,23 @@ _PLACE = re.compile(r"at \d+\(\d+\): (failed to compile JSON schema: )?")
 """Where it is in the text that `written` made: nothing the client has seen."""
 
 
+def _limits(initial: int, step: int, items: int) -> LLParserLimits:
+    return LLParserLimits(
+        max_items_in_row=2000,
+        initial_lexer_fuel=initial,
+        step_lexer_fuel=step,
+        step_max_items=items,
+        max_lexer_states=20_000,
+        verbose_errors=False,
+    )
+
+
+SCHEMA_LIMITS = _limits(1_000_000, 20_000, 5_000)
+RULES_LIMITS = _limits(200_000, 5_000, 2_000)
+"""Of grammars without a JSON Schema. With less, the worst of them take 30 ms for a mask, not 300; with more, schemas of
+256 kB can be compiled."""
+
+
 class Llguidance:
     def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         self._raw = tokenizer
@@ -29,19 +46,24 @@ class Llguidance:
         else:
             size = max(vocab_size, tokenizer.get_vocab_size())
             self._tokenizer = LLTokenizer(tokenizer.to_str(), n_vocab=size, eos_token=list(eos_token_ids) or None)
-        self._limits = LLParserLimits(verbose_errors=False)
         self._executor = LLExecutor()
 
     def compile(self, grammar: Grammar) -> Matcher:
         for forcing in (True, False) if modest(grammar) else (False,):
-            text = written(grammar, self._special, forcing=forcing)
-            matcher = Matcher(LLMatcher(self._tokenizer, text, log_level=0, limits=self._limits))
+            matcher = self._new(grammar, forcing)
             reason = matcher.error()
-            if not reason:
-                reason = _trial(matcher.fork()) if self._raw is None else ""
+            if not reason and self._raw is None:
+                reason = _trial(matcher)
+                matcher = self._new(grammar, forcing)
             if not reason:
                 return matcher
         raise GrammarError(reason)
+
+    def _new(self, grammar: Grammar, forcing: bool) -> Matcher:
+        # always anew: copies of a matcher would share a lexer, and what one of them has used up the others lack
+        text = written(grammar, self._special, forcing=forcing)
+        limits = SCHEMA_LIMITS if has_schema(grammar) else RULES_LIMITS
+        return Matcher(LLMatcher(self._tokenizer, text, log_level=0, limits=limits))
 
     def fill(self, matchers: Sequence[Matcher], masks: torch.Tensor) -> None:
         words = -(-self._tokenizer.vocab_size // 32)
@@ -76,9 +98,6 @@ class Matcher:
 
     def __init__(self, raw: LLMatcher) -> None:
         self.raw = raw
-
-    def fork(self) -> Matcher:
-        return Matcher(self.raw.deep_copy())
 
     def accept(self, token: int) -> bool:
         return self.raw.consume_token(token)

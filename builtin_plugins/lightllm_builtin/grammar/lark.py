@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
 
 from llguidance import regex_to_lark
 from llguidance.gbnf_to_lark import any_to_lark
@@ -26,14 +25,13 @@ from lightllm.grammar import (
     Rules,
     Triggered,
 )
-
-COMPACT = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
+from lightllm_builtin.grammar import schemas
 
 _ANY = "(?s:.*)"
 
 
 LONG = 64
-"""Characters of a literal, and repetitions, from which on a grammar is not `modest`."""
+"""Repetitions from which on text that must come may be very long; and choices that are better one lexeme."""
 
 
 def written(grammar: Grammar, special: Callable[[str], int | None], *, forcing: bool) -> str:
@@ -46,47 +44,33 @@ def written(grammar: Grammar, special: Callable[[str], int | None], *, forcing: 
     return _Writer(special).write(grammar, forcing)
 
 
-def modest(node: Grammar) -> bool:
+def modest(grammar: Grammar) -> bool:
     """Whether no text that must come can be very long."""
+    return all(
+        schemas.modest(node.schema) if isinstance(node, Json)
+        else schemas.modest_pattern(node.pattern) if isinstance(node, Regex)
+        else not isinstance(node, Rules)
+        for node in _nodes(grammar)
+    )  # fmt: skip
+
+
+def has_schema(grammar: Grammar) -> bool:
+    return any(isinstance(node, Json) for node in _nodes(grammar))
+
+
+def _nodes(node: Grammar) -> Iterator[Grammar]:
+    yield node
     match node:
-        case Json(schema):
-            return _modest(json.loads(schema))
-        case Regex(pattern):
-            return _modest_pattern(pattern)
-        case Rules():
-            return False
         case Joined(parts) | OneOf(parts):
-            return all(map(modest, parts))
+            inner: Iterable[Grammar] = parts
         case Repeated(part):
-            return modest(part)
+            inner = (part,)
         case Triggered(triggers):
-            return all(modest(trigger.then) for trigger in triggers)
+            inner = (trigger.then for trigger in triggers)
         case _:
-            return True
-
-
-def _modest(schema: Any) -> bool:
-    """Of a JSON Schema, or of anything in it."""
-    if isinstance(schema, list):
-        return all(map(_modest, schema))
-    if not isinstance(schema, dict):
-        return len(str(schema)) <= LONG
-    for key, value in schema.items():
-        if key in ("title", "description", "default", "examples", "$comment", "$schema", "$id", "$ref"):
-            continue
-        if key == "pattern" and isinstance(value, str):
-            fits = _modest_pattern(value)
-        elif key in ("minItems", "minLength", "minProperties") and isinstance(value, int):
-            fits = value <= LONG
-        else:
-            fits = len(key) <= LONG and _modest(value)
-        if not fits:
-            return False
-    return True
-
-
-def _modest_pattern(pattern: str) -> bool:
-    return len(pattern) <= 4 * LONG and all(int(count) <= LONG for count in re.findall(r"\d+", pattern))
+            inner = ()
+    for part in inner:
+        yield from _nodes(part)
 
 
 class _Writer:
@@ -109,7 +93,7 @@ class _Writer:
                 token = self._special(text)
                 return _quoted(text) if token is None else f"<[{token}]>"
             case Json(schema):
-                return f"%json {_compact(schema)}"
+                return f"%json {schemas.prepared(schema)}"
             case Regex(pattern):
                 return f"/{regex_to_lark(pattern, 'dw')}/" if pattern else '""'
             case Rules(source):
@@ -161,16 +145,3 @@ class _Writer:
 
 def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
-
-
-def _compact(schema: str) -> str:
-    value: Any = json.loads(schema)
-    if value is False:
-        raise GrammarError("the schema false allows nothing")
-    if value is True:
-        value = {}
-    if not isinstance(value, dict):
-        raise GrammarError("a JSON Schema is an object, true or false")
-    if "json-schema.org/draft" not in str(value.get("$schema")):
-        value.pop("$schema", None)  # llguidance insists on knowing it
-    return json.dumps({"x-guidance": COMPACT, **value})

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 
 from lightllm.engine.grammars import Grammars
 from lightllm.engine.request import Abort, Generate, Output, Ready, Step, joined
 from lightllm.engine.runner import Runner
 from lightllm.engine.scheduler import Scheduler
-from lightllm.interfaces import GrammarMatcher
+from lightllm.grammar import GrammarError
+from lightllm.interfaces import GrammarMatcher, UserError
 
 log = logging.getLogger("lightllm.engine")
 
@@ -26,8 +27,7 @@ class Engine:
         self.runner = runner
         self.ready = ready
         self._grammars = grammars
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="grammar")
-        self._compiling: dict[str, tuple[Generate, Future[GrammarMatcher]]] = {}
+        self._compiling: dict[str, tuple[Generate, Future[list[GrammarMatcher]]]] = {}
         self._pending: list[Output] = []
 
     def add(self, request: Generate) -> None:
@@ -36,7 +36,7 @@ class Engine:
         if grammar is None:
             self._pending += self.scheduler.add(request)
         else:
-            self._compiling[request.id] = request, self._threads.submit(self._grammars.compile, grammar)
+            self._compiling[request.id] = request, self._grammars.compile(grammar, request.n)
 
     def abort(self, request: Abort) -> None:
         """Forget a request, or one choice of it, and free its cache at once. No output follows."""
@@ -79,9 +79,9 @@ class Engine:
             try:
                 self._pending += self.scheduler.add(request, future.result())
             except Exception as error:  # a plugin's, too
-                self._pending += [
-                    Output(request.id, i, [], finish="error", error=f"the grammar: {error}") for i in range(request.n)
-                ]
+                known = isinstance(error, (GrammarError, UserError))
+                reason = str(error) if known else f"the grammar backend failed: {type(error).__name__}: {error}"
+                self._pending += [Output(request.id, i, [], finish="error", error=reason) for i in range(request.n)]
 
     def _fail(self, ids: set[str], message: str) -> list[Output]:
         outputs = []

@@ -1,27 +1,27 @@
-"""Compiling grammars, in both processes: the server to check what clients send, the engine to hold answers to it."""
+"""Compiling grammars beside the steps."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 
-from lightllm.grammar import Grammar, GrammarError
-from lightllm.interfaces import GrammarBackend, GrammarMatcher, UserError
+from lightllm.grammar import Grammar
+from lightllm.interfaces import GrammarBackend, GrammarMatcher
 
-KEPT = 64
-"""Grammars remembered: clients send the same few again and again."""
+STACK_BYTES = 256 << 20
+"""Of the threads that compile: compilers are recursive. More than the server's checker gives its own."""
 
 
 class Grammars:
-    """A grammar backend, made when it is first needed, and what it compiled lately. May be used by several threads."""
+    """A grammar backend, made when it is first needed."""
 
-    def __init__(self, make: Callable[[], GrammarBackend]) -> None:
+    def __init__(self, make: Callable[[], GrammarBackend], threads: int = 2) -> None:
         self._make = make
         self._backend: GrammarBackend | None = None
         self._making = threading.Lock()
-        self._kept: OrderedDict[Grammar, GrammarMatcher] = OrderedDict()
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="grammar")
 
     @property
     def backend(self) -> GrammarBackend:
@@ -35,20 +35,10 @@ class Grammars:
         with contextlib.suppress(Exception):
             self.backend  # noqa: B018
 
-    def compile(self, grammar: Grammar) -> GrammarMatcher:
-        """A matcher at the beginning, to be forked, not to be used. Takes too long for an event loop or between steps.
-
-        Raises `GrammarError`, also for what the backend should not have raised.
-        """
-        matcher = self._kept.pop(grammar, None)
-        if matcher is None:
-            try:
-                matcher = self.backend.compile(grammar)
-            except (GrammarError, UserError) as error:
-                raise GrammarError(str(error)) from None
-            except Exception as error:
-                raise GrammarError(f"the grammar backend failed: {type(error).__name__}: {error}") from error
-        self._kept[grammar] = matcher
-        while len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
-        return matcher
+    def compile(self, grammar: Grammar, count: int) -> Future[list[GrammarMatcher]]:
+        """``count`` matchers, each at the beginning."""
+        before = threading.stack_size(STACK_BYTES)
+        try:
+            return self._threads.submit(lambda: [self.backend.compile(grammar) for _ in range(count)])
+        finally:
+            threading.stack_size(before)

@@ -131,10 +131,10 @@ class Scheduler:
 
     # --- requests come and go
 
-    def add(self, request: Generate, matcher: GrammarMatcher | None = None) -> list[Output]:
+    def add(self, request: Generate, matchers: Sequence[GrammarMatcher] = ()) -> list[Output]:
         """Queue a request. One that can never be served ends here, with an error.
 
-        ``matcher``: of the request's grammar, at the beginning; every choice gets a fork of it.
+        ``matchers``: of the request's grammar if it has one, for every choice its own.
         """
         size = len(request.prompt)
         problem = "" if size else "the prompt is empty"
@@ -147,9 +147,9 @@ class Scheduler:
         params = request.params
         seed = random.getrandbits(64) if params.seed is None else params.seed
         stop_ids = params.stop_token_ids
-        if matcher is not None or not params.ignore_eos:  # after the end that a grammar has nothing can come
+        if matchers or not params.ignore_eos:  # after the end that a grammar has nothing can come
             stop_ids += self.eos_token_ids
-        choices = [Seq(request, i, seed, stop_ids, matcher and matcher.fork()) for i in range(request.n)]
+        choices = [Seq(request, i, seed, stop_ids, matchers[i] if matchers else None) for i in range(request.n)]
         self._live[request.id] = choices
         self._count += len(choices)
         self._waiting.append(choices[0])

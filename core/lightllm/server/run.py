@@ -18,6 +18,7 @@ import uvloop
 
 from lightllm.engine.client import EngineClient
 from lightllm.interfaces import UserError
+from lightllm.server.checker import GrammarChecker
 
 if TYPE_CHECKING:
     from litestar.types import ASGIApp
@@ -61,12 +62,16 @@ def address(sock: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def run(app: ASGIApp, engine: EngineClient, sock: socket.socket, on_ready: Callable[[], None]) -> int:
+def run(
+    app: ASGIApp, engine: EngineClient, checker: GrammarChecker, sock: socket.socket, on_ready: Callable[[], None]
+) -> int:
     """Serve until told to stop; the exit code. Raises UserError when the engine cannot be started or kept alive."""
-    return uvloop.run(_run(app, engine, sock, on_ready))
+    return uvloop.run(_run(app, engine, checker, sock, on_ready))
 
 
-async def _run(app: ASGIApp, engine: EngineClient, sock: socket.socket, on_ready: Callable[[], None]) -> int:
+async def _run(
+    app: ASGIApp, engine: EngineClient, checker: GrammarChecker, sock: socket.socket, on_ready: Callable[[], None]
+) -> int:
     server = uvicorn.Server(
         uvicorn.Config(
             app,
@@ -91,7 +96,14 @@ async def _run(app: ASGIApp, engine: EngineClient, sock: socket.socket, on_ready
 
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop, number)
-    line = asyncio.create_task(engine.run(on_ready))
+    ready = asyncio.Event()
+
+    def tell() -> None:
+        on_ready()
+        ready.set()
+
+    line = asyncio.create_task(engine.run(tell))
+    warming = asyncio.create_task(_warm(checker, ready))
     serving = asyncio.create_task(_serve(server, sock))
     await asyncio.wait({line, serving}, return_when=asyncio.FIRST_COMPLETED)
     server.should_exit = True
@@ -100,9 +112,20 @@ async def _run(app: ASGIApp, engine: EngineClient, sock: socket.socket, on_ready
         if line.done():
             line.result()
     finally:
+        warming.cancel()
         await engine.stop()
-        await asyncio.gather(line, return_exceptions=True)
+        await asyncio.gather(line, warming, return_exceptions=True)
+        await checker.close()
     return INTERRUPTED if signal.SIGINT in caught else 0
+
+
+async def _warm(checker: GrammarChecker, ready: asyncio.Event) -> None:
+    """Once the engine, which has better use for the cores until then, is ready."""
+    await ready.wait()
+    try:
+        await checker.warm()
+    except Exception as error:
+        log.warning("grammars cannot be checked: %s", error)
 
 
 async def _serve(server: uvicorn.Server, sock: socket.socket) -> None:

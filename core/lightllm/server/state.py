@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lightllm.chat import ChatTemplate
 from lightllm.config import Config
 from lightllm.engine.client import EngineUnavailable
-from lightllm.engine.grammars import Grammars
 from lightllm.engine.request import Ready
+from lightllm.grammar import Grammar
 from lightllm.interfaces import Listener, ModelInfo, ReasoningParser, ToolParser
 from lightllm.server.protocol import ApiError
 from lightllm.tokenizer import Tokenizer
@@ -30,6 +30,13 @@ LONG_TEXT = 20_000
 """Characters from which on a text is encoded in a thread, to keep the streams going meanwhile."""
 
 
+class Checker(Protocol):
+    """In practice a `lightllm.server.checker.GrammarChecker`."""
+
+    async def check(self, grammar: Grammar) -> None:
+        """Raises `lightllm.grammar.GrammarError` where it cannot be compiled."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServerState:
     """``claims``: extra request field -> the `LogitsProcessorRecord.validate` of the plugin that claims it.
@@ -41,7 +48,7 @@ class ServerState:
     engine: EngineClient
     tokenizer: Tokenizer
     info: ModelInfo
-    grammars: Grammars
+    checker: Checker
     model_names: tuple[str, ...]
     chat_template: ChatTemplate | None = None
     tool_parser: Callable[[Sequence[Mapping[str, Any]]], ToolParser] | None = None

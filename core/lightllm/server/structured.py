@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json as jsonlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -92,11 +91,11 @@ def _calls(tools: Tools, parser: ToolParser | None, *, required: bool, parallel:
 async def _compile(state: ServerState, grammar: Grammar, parts: Sequence[Wish]) -> None:
     """See that it can be compiled. What cannot is looked for in ``parts``, to name the field at fault."""
     try:
-        await asyncio.to_thread(state.grammars.compile, grammar)
+        await state.checker.check(grammar)
     except GrammarError as error:
         for part in parts:
             try:
-                await asyncio.to_thread(state.grammars.compile, part.grammar)
+                await state.checker.check(part.grammar)
             except GrammarError as reason:
                 raise ApiError(f"Invalid value for {part.param!r}: {reason}", param=part.param) from None
         raise ApiError(f"The answer cannot be held to this: {error}", param=parts[0].param) from None
