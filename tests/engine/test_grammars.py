@@ -178,6 +178,12 @@ HOSTILE = [
     Regex("a{1000000}{1000000}"),
     Regex("(.*a.*){30}"),
     Regex(".*a.{200}b"),
+    json_of(
+        {
+            "$defs": {f"d{i}": {"items": {"$ref": f"#/$defs/d{i + 1}"}} for i in range(3000)} | {"d3000": {}},
+            "$ref": "#/$defs/d0",
+        }
+    ),
     Rules('start: s\ns: s s s | "a" | ""\n'),
     Rules('root ::= x{10000}\nx ::= "a"{10000}\n'),
     Rules('root ::= root root | "a"\n'),
