@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 from checkpoints import write_checkpoint, write_tokenizer
+from e2e.environment import Environment, build
+from e2e.scripted import PLUGIN, Scripted, write_scripted
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +19,21 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_checkpoint(folder, "llama-gqa")
     write_tokenizer(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """An environment with our wheel in it. Whoever adds to it takes away again what harms others."""
+    folder = tmp_path_factory.mktemp("fresh")
+    found = Environment(folder / "venv")
+    found.install(build(ROOT, folder / "ours"))
+    return found
+
+
+@pytest.fixture(scope="session")
+def scripted(fresh: Environment, tmp_path_factory: pytest.TempPathFactory) -> Scripted:
+    """The scripted model, its architecture installed as anyone's would be."""
+    folder = tmp_path_factory.mktemp("scripted")
+    fresh.install(build(PLUGIN, folder / "theirs"))
+    write_scripted(folder / "model")
+    return Scripted(fresh, folder / "model")

@@ -6,60 +6,25 @@ import json
 import shutil
 import subprocess
 import sys
-import sysconfig
-import venv
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 from checkpoints import write_checkpoint, write_tokenizer
+from e2e.environment import Environment, build
 from safetensors.torch import save_file
 from servers import RealServer
 
-ROOT = Path(__file__).parents[2]
 PLUGIN = Path(__file__).parent / "third_party"
 SIZE = 30
 
 
-def build(source: Path, out: Path) -> Path:
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
-    subprocess.run(command, check=True, capture_output=True)
-    return next(out.glob("*.whl"))
-
-
-class Environment:
-    """A fresh virtual environment with our wheel in it.
-
-    What our wheel depends on is lent by the environment the tests run in, through a .pth file; neither lightllm nor
-    its entry points are, as these come from an editable install that is taken out of the path.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        venv.create(folder, with_pip=True)
-        self.python = folder / "bin" / "python"
-        site = next(folder.glob("lib/python*/site-packages"))
-        lent = folder / "lent"
-        lent.mkdir()
-        for entry in Path(sysconfig.get_path("purelib")).iterdir():
-            if not entry.name.startswith(("lightllm", "_lightllm", "pip", "__editable__")):
-                (lent / entry.name).symlink_to(entry)
-        (site / "lent.pth").write_text(str(lent))
-
-    def install(self, wheel: Path) -> None:
-        command = [str(self.python), "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--force-reinstall"]
-        subprocess.run([*command, str(wheel)], check=True, capture_output=True)
-
-    def command(self) -> list[str]:
-        return [str(self.python.parent / "lightllm-serve")]
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
-    folder = tmp_path_factory.mktemp("fresh")
-    found = Environment(folder / "venv")
-    found.install(build(ROOT, folder / "ours"))
-    return found
+@pytest.fixture
+def environment(fresh: Environment) -> Iterator[Environment]:
+    """Without the plugin again after the test."""
+    yield fresh
+    fresh.uninstall("tiny-arch")
 
 
 @pytest.fixture

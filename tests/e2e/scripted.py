@@ -1,0 +1,221 @@
+"""A server whose model writes exactly what the chat template tells it to, and a strict reading of what it sends.
+
+The architecture is a plugin of its own (scripted_model/), installed as a stranger's would be. The checkpoint is written
+here: its template makes the last message's content the script.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import openai
+import torch
+from e2e.environment import Environment
+from safetensors.torch import save_file
+from servers import RealServer
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+PLUGIN = Path(__file__).parent / "scripted_model"
+MODEL = "scripted"
+AT_ONCE = 32
+END, SCRIPT, ANSWER = "<|end|>", "<|script|>", "<|answer|>"
+# written with a bar, as a chat format's: parsers tell by it that a tag before it was somebody's text
+SPECIAL = [END, SCRIPT, ANSWER, "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<|python_tag|>"]
+NOT_SPECIAL = ["<tool_call>", "</tool_call>", "<think>", "</think>"]
+REPEATED = ["[", "]", "-", '{"a": [', "]}"]
+"""What answers in the tables repeat thousands of times: tokens of many of each keep these answers short."""
+LONGEST = 250
+"""Bytes of a token: llguidance cannot hold longer ones."""
+
+TEMPLATE = (
+    "{% for message in messages[:-1] %}{{ message['content'] }}{% endfor %}"
+    f"{SCRIPT}{{{{ begun }}}}{{{{ messages[-1]['content'] }}}}{ANSWER}{{{{ begun }}}}"
+)
+"""``begun``: what the prompt has written of the answer already."""
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The checkpoint
+
+
+def write_tokenizer(folder: Path) -> dict[str, int]:
+    """Byte-level BPE: all bytes, few merges, and the marks of several families as real checkpoints have them."""
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokens, merges = sorted(level.alphabet()), []
+    for text in REPEATED:
+        (word, _), *_ = level.pre_tokenize_str(text)
+        merges += [(word[:i], word[i]) for i in range(1, len(word))]
+        while len(word) <= LONGEST // 2:
+            merges.append((word, word))
+            word += word
+    tokens += [left + right for left, right in merges if left + right not in tokens]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer, tokenizer.decoder = level, decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL])
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in NOT_SPECIAL])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer.get_vocab()
+
+
+def write_scripted(folder: Path) -> None:
+    folder.mkdir()
+    ids = write_tokenizer(folder)
+    config = {
+        "architectures": ["ScriptedForCausalLM"],
+        "vocab_size": len(ids),
+        "max_position_embeddings": 8192,
+        "script_token_id": ids[SCRIPT],
+        "answer_token_id": ids[ANSWER],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids[END]}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": END}))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    save_file({"embed.weight": torch.eye(len(ids), 8)}, folder / "model.safetensors")
+
+
+@dataclass(frozen=True)
+class Scripted:
+    """The model and the environment that can serve it."""
+
+    environment: Environment
+    folder: Path
+
+    def serve(self, *options: str) -> RealServer:
+        model = ["--model", str(self.folder), "--served-model-name", MODEL]
+        return RealServer(*model, *options, command=self.environment.command())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Asking
+
+
+@dataclass
+class Said:
+    """One choice of an answer. ``calls``: (name, arguments); ``ids``: theirs."""
+
+    content: str = ""
+    reasoning: str = ""
+    calls: list[tuple[str, str]] = field(default_factory=list)
+    finish: str | None = None
+    ids: list[str] = field(default_factory=list)
+
+    def apart_from_ids(self) -> tuple[object, ...]:
+        return self.content, self.reasoning, self.calls, self.finish
+
+
+def script(text: str, before: str = "", **fields: Any) -> dict[str, Any]:
+    """A request that is answered with ``text``. ``before``: what the prompt begins with."""
+    messages = [{"role": "user", "content": content} for content in ([before] if before else []) + [text]]
+    return {"model": MODEL, "messages": messages} | fields
+
+
+def read_whole(completion: Any) -> list[Said]:
+    """What the choices of an answer say; from the official client's `ChatCompletion`."""
+    choices = []
+    for index, choice in enumerate(completion.choices):
+        assert choice.index == index
+        message = choice.message
+        calls = message.tool_calls or []
+        assert all(call.type == "function" for call in calls)
+        assert message.content is not None or calls
+        reasoning = getattr(message, "reasoning_content", None) or ""
+        assert reasoning == (getattr(message, "reasoning", None) or "")
+        said = Said(message.content or "", reasoning, finish=choice.finish_reason, ids=[call.id for call in calls])
+        said.calls = [(call.function.name, call.function.arguments) for call in calls]
+        choices.append(said)
+    return choices
+
+
+def read_stream(body: str) -> list[Said]:
+    """What the choices of a streamed answer say. Asserts that every event and delta has the form it should have."""
+    *events, rest = body.split("\n\n")
+    assert rest == ""
+    assert all(event.startswith("data: ") and "\n" not in event for event in events), body
+    *chunks, done = [event.removeprefix("data: ") for event in events]
+    assert done == "[DONE]"
+    said: dict[int, Said] = {}
+    heads = set()
+    for chunk in map(json.loads, chunks):
+        heads.add((chunk["id"], chunk["created"], chunk["model"], chunk["object"]))
+        (choice,) = chunk["choices"]
+        index, delta = choice["index"], choice["delta"]
+        if index not in said:
+            said[index] = Said()
+            assert delta == {"role": "assistant", "content": ""}
+            assert choice["finish_reason"] is None
+            continue
+        assert said[index].finish is None, "something comes after the finish reason"
+        said[index].finish = choice["finish_reason"]
+        if choice["finish_reason"] is not None:
+            assert delta == {}
+        else:
+            _add(said[index], delta)
+    assert len(heads) == 1
+    assert heads.pop()[2:] == (MODEL, "chat.completion.chunk")
+    assert sorted(said) == list(range(len(said)))
+    assert all(one.finish is not None for one in said.values())
+    return [said[index] for index in sorted(said)]
+
+
+def _add(said: Said, delta: dict[str, Any]) -> None:
+    """One delta, which brings one thing: thought, then content and calls in turn."""
+    if "reasoning_content" in delta:
+        assert delta == dict.fromkeys(("reasoning_content", "reasoning"), delta["reasoning_content"])
+        assert delta["reasoning_content"] and not said.content and not said.calls
+        said.reasoning += delta["reasoning_content"]
+    elif "content" in delta:
+        assert list(delta) == ["content"] and delta["content"]
+        said.content += delta["content"]
+    else:
+        assert list(delta) == ["tool_calls"]
+        (call,) = delta["tool_calls"]
+        if "id" in call:  # calls come in order, each with all but its arguments
+            assert call["index"] == len(said.calls)
+            assert call["type"] == "function"
+            assert isinstance(call["function"]["name"], str)
+            assert call["function"]["arguments"] == ""
+            said.ids.append(call["id"])
+            said.calls.append((call["function"]["name"], ""))
+        else:
+            arguments = call["function"]["arguments"]
+            assert call == {"index": len(said.calls) - 1, "function": {"name": None, "arguments": arguments}}
+            assert arguments
+            name, before = said.calls[-1]
+            said.calls[-1] = name, before + arguments
+
+
+class Asked(NamedTuple):
+    """A request's two answers. ``result()`` raises what went wrong with one, and is asked for in the test of its own."""
+
+    whole: Future[list[Said]]
+    streamed: Future[list[Said]]
+
+
+def ask_all(server: RealServer, requests: Iterable[dict[str, Any]]) -> list[Asked]:
+    """Each request whole, by the official client and at temperature 1, and streamed, by none and at temperature 0."""
+    limits = httpx.Limits(max_connections=AT_ONCE)
+    with (
+        httpx.Client(timeout=120, limits=limits) as http,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, http_client=http) as api,
+        ThreadPoolExecutor(AT_ONCE) as pool,
+    ):
+
+        def whole(fields: dict[str, Any]) -> list[Said]:
+            extra = {name: fields[name] for name in fields.keys() & {"chat_template_kwargs"}}
+            fields = {name: value for name, value in fields.items() if name not in extra}
+            return read_whole(api.chat.completions.create(**fields | {"temperature": 1}, extra_body=extra))
+
+        def streamed(fields: dict[str, Any]) -> list[Said]:
+            body = fields | {"stream": True, "temperature": 0}
+            answer = http.post(f"{server.url}/v1/chat/completions", json=body)
+            assert answer.status_code == 200, answer.text
+            assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+            return read_stream(answer.text)
+
+        return [Asked(pool.submit(whole, fields), pool.submit(streamed, fields)) for fields in requests]
