@@ -155,7 +155,7 @@ def test_forced_calls_come_in_the_models_own_format(tooled):
     assert grammar_of(tooled, tools=tools, tool_choice="required") == forced
     one = Qwen25Parser(tools).grammar(required=True, parallel=False)
     assert grammar_of(tooled, tools=tools, tool_choice="required", parallel_tool_calls=False) == one
-    only_f = Qwen25Parser(tools[:1]).grammar(required=True, parallel=True)
+    only_f = Qwen25Parser(tools[:1]).grammar(required=True, parallel=False)
     assert grammar_of(tooled, tools=tools, tool_choice=NAMED) == only_f
 
 

@@ -116,4 +116,4 @@ class Matcher:
         return first.removesuffix(" (in regex): regex parse error:") + cause.replace("error", "", 1)
 
     def finished(self) -> bool:
-        return self.raw.is_stopped()
+        return self.raw.is_stopped() and not self.raw.is_error()

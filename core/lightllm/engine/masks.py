@@ -79,6 +79,7 @@ class Masks:
             elif h.matcher.accept(result.token):
                 if h.seq.params.logprobs is None:  # these will have none
                     result.forced = self._forced(h)
+                result.refusal = h.matcher.error() or None
                 result.ended = h.matcher.finished()
             else:
                 result.refusal = h.matcher.error() or "no token is left that the grammar and the request both allow"

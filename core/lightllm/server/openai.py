@@ -31,7 +31,7 @@ from lightllm.server.protocol import (
 from lightllm.server.sampling import budget, refuse_what_cannot_be, sampling_params, stop_strings
 from lightllm.server.state import ServerState
 from lightllm.server.structured import answer_wish, chat_grammar
-from lightllm.server.tools import read_tools
+from lightllm.server.tools import Tools, read_tools
 from lightllm.tokenizer import Tokenizer
 
 
@@ -64,9 +64,7 @@ async def chat_completion(state: ServerState, body: bytes) -> Answer:
         state.tool_parser(tools.callable) if state.tool_parser and tools.callable else None for _ in range(n)
     ]
     reasoning_parsers = [state.reasoning_parser(prompt) if state.reasoning_parser else None for _ in range(n)]
-    grammar = await chat_grammar(
-        state, wish, tools, tool_parsers[0], reasoning_parsers[0], parallel=request.parallel_tool_calls is not False
-    )
+    grammar = await chat_grammar(state, wish, tools, tool_parsers[0], reasoning_parsers[0])
     asked = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     params = sampling_params(
@@ -97,7 +95,7 @@ async def chat_completion(state: ServerState, body: bytes) -> Answer:
         ),
         parsers=[OutputParser(*pair) for pair in zip(reasoning_parsers, tool_parsers, strict=True)],
     )
-    return Answer(state, job, ChatShape(state, job, request, _call_id_maker(tool_parsers[0])))
+    return Answer(state, job, ChatShape(state, job, request, tools, _call_id_maker(tool_parsers[0])))
 
 
 def _chosen(value: bool | None, *, default: bool) -> bool:
@@ -135,11 +133,13 @@ def render(
 class ChatShape:
     """`lightllm.server.answer.Shape` of chat completions."""
 
-    def __init__(self, state: ServerState, job: Job, request: ChatRequest, call_id: Callable[[], str]) -> None:
+    def __init__(
+        self, state: ServerState, job: Job, request: ChatRequest, tools: Tools, call_id: Callable[[], str]
+    ) -> None:
         self._tokenizer = state.tokenizer
         self._top = request.top_logprobs or 0
         self._prompt_top = request.prompt_logprobs
-        self._parallel = request.parallel_tool_calls is not False
+        self._parallel = tools.parallel
         self._reasons = state.reasoning_parser is not None
         self._call_id = call_id
         self._begun: set[int] = set()

@@ -48,15 +48,13 @@ async def chat_grammar(
     tools: Tools,
     tool_parser: ToolParser | None,
     reasoning_parser: ReasoningParser | None,
-    *,
-    parallel: bool,
 ) -> Grammar | None:
     """Raises `ApiError` where it cannot be compiled, or a parser cannot do what is asked."""
     parts = [wish] if wish else []
     options = [wish.grammar] if wish and not tools.required else []
     if tools.required or tools.strict or (wish and isinstance(tool_parser, CallGrammar)):
         forced = tools.required or wish is not None
-        options.append(_calls(tools, tool_parser, required=forced, parallel=parallel))
+        options.append(_calls(tools, tool_parser, required=forced))
         parts += [
             Wish(g.json(tool["function"].get("parameters") or {}), f"tools[{i}].function.parameters")
             for tool, i in zip(tools.callable, tools.indices, strict=True)
@@ -73,11 +71,11 @@ async def chat_grammar(
     return grammar
 
 
-def _calls(tools: Tools, parser: ToolParser | None, *, required: bool, parallel: bool) -> Grammar:
+def _calls(tools: Tools, parser: ToolParser | None, *, required: bool) -> Grammar:
     param = "tool_choice" if tools.required else "tools"
     if isinstance(parser, CallGrammar):
         try:
-            return parser.grammar(required=required, parallel=parallel)
+            return parser.grammar(required=required, parallel=tools.parallel)
         except GrammarError as error:
             raise ApiError(f"These tools cannot be held to their schemas: {error}.", param="tools") from None
     what = "forced calls" if tools.required else "strict tools"

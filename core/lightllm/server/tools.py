@@ -15,13 +15,15 @@ from lightllm.server.schemas import check_schema
 class Tools:
     """``shown``: what the template is given, as the client sent it. ``callable``: those that may be called.
 
-    ``required``: at least one of them must be. ``indices``: of the callable ones in the request.
+    ``required``: at least one of them must be, ``parallel``: and perhaps several. ``indices``: of the callable ones in
+    the request.
     """
 
     shown: list[dict[str, Any]]
     callable: list[dict[str, Any]]
     indices: list[int]
     required: bool
+    parallel: bool
 
     @property
     def strict(self) -> bool:
@@ -44,22 +46,23 @@ def read_tools(request: ChatRequest) -> Tools:
     tools = check_tools(request.tools)
     choice = request.tool_choice
     everything = list(range(len(tools)))
+    parallel = request.parallel_tool_calls is not False
     if choice is None or choice == "auto":
-        return Tools(tools, tools, everything, False)
+        return Tools(tools, tools, everything, False, parallel)
     if choice == "none":
-        return Tools([], [], [], False)
+        return Tools([], [], [], False, parallel)
     if isinstance(choice, str) and choice != "required":
         raise ApiError("tool_choice is none, auto, required or a function.", param="tool_choice")
     if not tools:
         raise ApiError("tool_choice can only be used with tools.", param="tool_choice")
     if choice == "required":
-        return Tools(tools, tools, everything, True)
+        return Tools(tools, tools, everything, True, parallel)
     named = convert(choice, _Named, "tool_choice")
     if named.type != "function":
         raise ApiError(f"tool_choice of type {named.type!r} is not supported, only 'function'.", param="tool_choice")
     for i, tool in enumerate(tools):
         if tool["function"]["name"] == named.function.name:
-            return Tools(tools, [tool], [i], True)
+            return Tools(tools, [tool], [i], True, False)  # a function that is named is called once
     raise ApiError(f"There is no tool called {named.function.name!r} among the tools.", param="tool_choice")
 
 
