@@ -57,7 +57,9 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"the chat template has an error in line {error.lineno}: {error.message}") from None
         self._knows_developer = "developer" in source
+        self._needs_content = False
         self._takes_text, self._takes_parts = self._probe("text"), self._probe("parts")
+        self._needs_content = self._cannot_do_without_content()
 
     def render(
         self,
@@ -123,6 +125,8 @@ class ChatTemplate:
             prepared["content"] = self._content(prepared["content"], f"{where}.content")
         elif role in ("system", "developer", "user", "tool"):
             raise ChatError(f"a message of role {role} needs a content", f"{where}.content")
+        elif self._needs_content:
+            prepared["content"] = ""
         if "tool_calls" in prepared:
             prepared["tool_calls"] = _tool_calls(prepared["tool_calls"], f"{where}.tool_calls")
             if not prepared["tool_calls"]:
@@ -159,6 +163,21 @@ class ChatTemplate:
         except ChatError:
             return False
         return mark in text and "'text'" not in text
+
+    def _cannot_do_without_content(self) -> bool:
+        """Whether an assistant's message that only calls must have an empty content for this template."""
+        call = {"id": "call_123", "type": "function", "function": {"name": "f", "arguments": {}}}
+        calling: dict[str, Any] = {"role": "assistant", "tool_calls": [call]}
+        user = {"role": "user", "content": [{"type": "text", "text": "x"}] if not self._takes_text else "x"}
+        try:
+            self._render([user, calling], None, False, {})
+        except ChatError:
+            try:
+                self._render([user, {**calling, "content": ""}], None, False, {})
+            except ChatError:
+                return False
+            return True
+        return False
 
 
 _TEMPLATE_ERRORS = (

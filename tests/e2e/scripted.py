@@ -30,8 +30,8 @@ SPECIAL = [END, SCRIPT, ANSWER, "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<|python
 NOT_SPECIAL = ["<tool_call>", "</tool_call>", "<think>", "</think>"]
 REPEATED = ["[", "]", "-", '{"a": [', "]}"]
 """What answers in the tables repeat thousands of times: tokens of many of each keep these answers short."""
-LONGEST = 250
-"""Bytes of a token: llguidance cannot hold longer ones."""
+LONGEST = 1000
+"""Bytes of a token: llguidance panics at one of more than 1024."""
 
 TEMPLATE = (
     "{% for message in messages[:-1] %}{{ message['content'] }}{% endfor %}"
@@ -191,7 +191,7 @@ def _add(said: Said, delta: dict[str, Any]) -> None:
 
 
 class Asked(NamedTuple):
-    """A request's two answers. ``result()`` raises what went wrong with one, and is asked for in the test of its own."""
+    """A request's two answers. ``result()`` raises what went wrong with one, and is asked for in that one's test."""
 
     whole: Future[list[Said]]
     streamed: Future[list[Said]]
@@ -207,9 +207,8 @@ def ask_all(server: RealServer, requests: Iterable[dict[str, Any]]) -> list[Aske
     ):
 
         def whole(fields: dict[str, Any]) -> list[Said]:
-            extra = {name: fields[name] for name in fields.keys() & {"chat_template_kwargs"}}
-            fields = {name: value for name, value in fields.items() if name not in extra}
-            return read_whole(api.chat.completions.create(**fields | {"temperature": 1}, extra_body=extra))
+            known = {"model": fields["model"], "messages": fields["messages"], "temperature": 1}
+            return read_whole(api.chat.completions.create(**known, extra_body=fields))
 
         def streamed(fields: dict[str, Any]) -> list[Said]:
             body = fields | {"stream": True, "temperature": 0}

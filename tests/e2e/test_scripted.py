@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -18,6 +19,15 @@ from servers import RealServer
 from lightllm import Event, Reasoning, Text
 
 TOOLS = [{"type": "function", "function": {"name": name}} for name in DECLARED]
+
+
+def check(asked: Asked, expected: Said) -> None:
+    """Both answers say what is expected, and end as they should."""
+    expected = replace(expected, finish="tool_calls" if expected.calls else "stop")
+    (whole,), (streamed,) = asked.whole.result(), asked.streamed.result()
+    assert whole.apart_from_ids() == expected.apart_from_ids()
+    assert streamed.apart_from_ids() == expected.apart_from_ids()
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tool calls
@@ -45,10 +55,7 @@ def answers(scripted: Scripted) -> Callable[[str], Answers]:
     [pytest.param(parser, case, id=f"{parser}: {case.why}") for parser, cases in CASES.items() for case in cases],
 )
 def test_hard_answers(answers: Callable[[str], Answers], parser: str, case: Case) -> None:
-    expected = Said(case.content, calls=case.calls, finish="tool_calls" if case.calls else "stop")
-    (whole,), (streamed,) = [asked.result() for asked in answers(parser)[case.text]]
-    assert whole.apart_from_ids() == expected.apart_from_ids()
-    assert streamed.apart_from_ids() == expected.apart_from_ids()
+    check(answers(parser)[case.text], Said(case.content, calls=case.calls))
 
 
 CALL_IDS = {"mistral": r"[a-zA-Z0-9]{9}"}
@@ -86,7 +93,7 @@ class Thought(NamedTuple):
     tools: bool = True
 
 
-THOUGHTS = {
+OURS = {
     "qwen3": [
         Thought(f"<think>\nHm.\n</think>\n\n{CALL}", Said("", "Hm.", CALLED)),
         Thought(
@@ -121,8 +128,10 @@ def thought_of_table(parser: str, prompt: str, text: str, events: list[Event]) -
     return Thought(text, Said(content, reasoning), begun, before + turn, tools=False)
 
 
-for parser, *case in REASONING_CASES:
-    THOUGHTS[parser].append(thought_of_table(parser, *case))
+THOUGHTS = {
+    parser: [*ours, *(thought_of_table(parser, *case) for name, *case in REASONING_CASES if name == parser)]
+    for parser, ours in OURS.items()
+}
 
 
 @pytest.fixture(scope="module")
@@ -158,11 +167,7 @@ def thoughts(scripted: Scripted) -> Callable[[str], list[Asked]]:
     ],
 )
 def test_thoughts(thoughts: Callable[[str], list[Asked]], parser: str, number: int) -> None:
-    expected = THOUGHTS[parser][number].said
-    expected.finish = "tool_calls" if expected.calls else "stop"
-    (whole,), (streamed,) = [asked.result() for asked in thoughts(parser)[number]]
-    assert whole.apart_from_ids() == expected.apart_from_ids()
-    assert streamed.apart_from_ids() == expected.apart_from_ids()
+    check(thoughts(parser)[number], THOUGHTS[parser][number].said)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,12 +224,31 @@ CITY = {
     "required": ["city"],
     "additionalProperties": False,
 }
+ROME = '{"city":"Rome"}'
 
 
-@pytest.mark.parametrize(("text", "cities"), [('{"city":"Rome"}', ["Rome"]), ("I will not.", CITIES)])
-def test_a_mask_is_stronger_than_the_script(cramped: RealServer, text: str, cities: list[str]) -> None:
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize(("text", "cities"), [(ROME, ["Rome"]), ("I will not.", CITIES)])
+def test_a_schema_is_stronger_than_the_script(
+    cramped: RealServer, text: str, cities: list[str], temperature: float
+) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY, "strict": True}}
-    for temperature in (0, 1):
-        (choice,) = ask(cramped, text, response_format=form, temperature=temperature)["choices"]
-        assert json.loads(choice["message"]["content"])["city"] in cities
-        assert choice["finish_reason"] == "stop"
+    (choice,) = ask(cramped, text, response_format=form, temperature=temperature)["choices"]
+    assert json.loads(choice["message"]["content"])["city"] in cities
+    assert choice["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize(
+    ("text", "cities"), [(CALL.replace(PARIS, ROME), ["Rome"]), (ROME, CITIES), ("I will not.", CITIES)]
+)
+def test_a_required_call_is_stronger_than_the_script(
+    cramped: RealServer, text: str, cities: list[str], temperature: float
+) -> None:
+    tool = {"type": "function", "function": {"name": "get_weather", "parameters": CITY}}
+    fields = {"tools": [tool], "tool_choice": "required", "parallel_tool_calls": False, "temperature": temperature}
+    (choice,) = ask(cramped, text, **fields)["choices"]
+    (call,) = choice["message"]["tool_calls"]
+    assert call["function"]["name"] == "get_weather"
+    assert json.loads(call["function"]["arguments"])["city"] in cities
+    assert choice["finish_reason"] == "tool_calls"

@@ -46,10 +46,12 @@ class Llguidance:
         else:
             size = max(vocab_size, tokenizer.get_vocab_size())
             self._tokenizer = LLTokenizer(tokenizer.to_str(), n_vocab=size, eos_token=list(eos_token_ids) or None)
+        added = [token.content for token in tokenizer.get_added_tokens_decoder().values()] if tokenizer else []
+        self._specials = re.compile("|".join(map(re.escape, added))) if added else None
         self._executor = LLExecutor()
 
     def compile(self, grammar: Grammar) -> Matcher:
-        for forcing in (True, False) if modest(grammar) else (False,):
+        for forcing in (True, False) if modest(grammar) and not self._names_special(grammar) else (False,):
             matcher = self._new(grammar, forcing)
             reason = matcher.error()
             if not reason and self._raw is None:
@@ -58,6 +60,12 @@ class Llguidance:
             if not reason:
                 return matcher
         raise GrammarError(reason)
+
+    def _names_special(self, grammar: Grammar) -> bool:
+        """Whether text that looks like a special token may have to come: llguidance would force the token."""
+        if self._specials is None:
+            return False
+        return bool(self._specials.search(written(grammar, self._special, forcing=False)))
 
     def _new(self, grammar: Grammar, forcing: bool) -> Matcher:
         # always anew: copies of a matcher would share a lexer, and what one of them has used up the others lack
@@ -113,7 +121,7 @@ class Matcher:
             return "nothing can match it"
         # of a regular expression, which is shown in between
         cause = next((line for line in more if line.startswith("error: ")), "")
-        return first.removesuffix(" (in regex): regex parse error:") + cause.replace("error", "", 1)
+        return re.sub(r"( \(in regex\))?:? ?regex parse error:$", "", first) + cause.replace("error", "", 1)
 
     def finished(self) -> bool:
         return self.raw.is_stopped() and not self.raw.is_error()

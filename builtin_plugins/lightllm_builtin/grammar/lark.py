@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 
 from llguidance import regex_to_lark
-from llguidance.gbnf_to_lark import any_to_lark
+from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from lightllm.grammar import (
     Fixed,
@@ -95,7 +95,7 @@ class _Writer:
             case Json(schema):
                 return f"%json {schemas.prepared(schema)}"
             case Regex(pattern):
-                return f"/{regex_to_lark(pattern, 'dw')}/" if pattern else '""'
+                return _regex(pattern) if pattern else '""'
             case Rules(source):
                 return self._other(source)
             case Joined(parts):
@@ -104,16 +104,22 @@ class _Writer:
                 return self._rule(" | ".join(map(self._expression, options)), name="T")  # a terminal: one lexeme
             case OneOf(options):
                 return f"( {' | '.join(map(self._expression, options))} )"
+            case Repeated(_, _, 0):
+                return '""'
             case Repeated(part, least, most):
                 return f"( {self._expression(part)} ){{{least},{'' if most is None else most}}}"
             case Triggered():
                 return self._triggered(node)
 
     def _other(self, source: str) -> str:
-        try:
-            lark = any_to_lark(source)
-        except Exception as error:
-            raise GrammarError(f"it is neither Lark nor GBNF: {error}") from None
+        lark = source
+        if "::=" in source:
+            try:
+                lark = gbnf_to_lark(source)
+            except Exception as error:
+                raise GrammarError(f"it is no GBNF: {error}") from None
+        elif not re.search(r"^\s*\??start\b", source, re.MULTILINE):
+            raise GrammarError("it is neither Lark, with a rule start, nor GBNF, with a rule root")
         name = f"g{len(self._others)}"
         self._others.append({"name": name, "lark_grammar": lark})
         return f"@{name}"
@@ -123,24 +129,31 @@ class _Writer:
         text = self._rule(f"/{_ANY}/")
         tags = []
         for trigger in node.triggers:
+            at = re.escape(trigger.at.text) if isinstance(trigger.at, Marker) else trigger.at.pattern
+            heads = [self._rule(_regex(f"{_ANY}(?:{at})"), "[lazy]")]
             token = self._special(trigger.at.text) if isinstance(trigger.at, Marker) else None
-            if token is not None:
-                head = f"{text} <[{token}]>"
-            else:
-                at = re.escape(trigger.at.text) if isinstance(trigger.at, Marker) else trigger.at.pattern
-                head = self._rule(f"/{regex_to_lark(f'{_ANY}(?:{at})', 'dw')}/", "[lazy]")
-            tags.append(self._rule(f"{head} {self._expression(trigger.then)}"))
+            if token is not None:  # the text may be spelt out as well
+                heads.append(f"{text} <[{token}]>")
+            tags.append(self._rule(f"( {' | '.join(heads)} ) {self._expression(trigger.then)}"))
         tag = f"( {' | '.join(tags)} )"
         if node.most is None:
             return f"( {tag}{{{node.least},}} {text} )"
         if node.least == node.most:
             return f"{tag}{{{node.most}}}"
+        if node.most == 1:
+            return f"( {text} | {tag} )"
         return f"( {tag}{{{node.least},{node.most - 1}}} {text} | {tag}{{{node.most}}} )"
 
     def _rule(self, body: str, options: str = "", name: str = "r") -> str:
         name += str(len(self._rules))
         self._rules.append(f"{name}{options}: {body}")
         return name
+
+
+def _regex(pattern: str) -> str:
+    if (len(pattern) - len(pattern.rstrip("\\"))) % 2:
+        raise GrammarError("the pattern ends with a backslash")
+    return f"/{regex_to_lark(pattern, 'dw')}/"
 
 
 def _quoted(text: str) -> str:

@@ -46,6 +46,8 @@ def prepared(schema: str) -> str:
     value = _clean(json.loads(schema))
     if value is False:
         raise GrammarError("the schema false allows nothing")
+    if not isinstance(value, dict):
+        raise GrammarError("a JSON Schema is an object, true or false")
     if "json-schema.org/draft" not in str(value.get("$schema")):
         value.pop("$schema", None)  # llguidance insists on knowing it
     return json.dumps({**value, "x-guidance": OPTIONS})

@@ -10,7 +10,7 @@ import re
 from typing import ClassVar
 
 from lightllm import Reasoning, Text
-from lightllm.grammar import Grammar, Joined, Marker, OneOf, Regex, Trigger, Triggered
+from lightllm.grammar import Grammar, Joined, Marker, OneOf, Regex, Repeated, Trigger, Triggered
 from lightllm_builtin.tool_parsers.scan import SPACE, Scanner, Steps, first_of
 
 _CLOSE = first_of("</think>")
@@ -29,6 +29,7 @@ class ThinkParser:
     def __init__(self, prompt: str) -> None:
         _, tag, begun = prompt.rpartition("<think>")
         opened = bool(tag) and not _NOT_OPEN.search(begun)
+        self._opened = opened
         self._continues = opened and bool(begun.strip())
         self._thinks = opened or (self.always_thinks and not prompt.rstrip().endswith("</think>"))
         self._source = Scanner()
@@ -49,7 +50,11 @@ class ThinkParser:
     def grammar(self, answer: Grammar) -> Grammar:
         begin, end = Marker("<think>"), Marker("</think>")
         thought = Triggered((Trigger(end, Joined((Regex(r"\n{0,2}"), answer))),), least=1, most=1)
-        return thought if self._thinks else OneOf((Joined((begin, thought)), answer))
+        if self._opened:
+            return thought
+        if self._thinks:
+            return Joined((Repeated(begin, most=1), thought))
+        return OneOf((Joined((begin, thought)), answer))
 
     def _read(self) -> Steps[None]:
         source = self._source

@@ -233,7 +233,8 @@ def schema_of(tool: Mapping[str, Any], *, required: bool) -> dict[str, Any]:
     parameters = function.get("parameters")
     if parameters is None:
         parameters = {"properties": {}, "additionalProperties": False}
-    return {"type": "object", **parameters}
+    kind = parameters.get("type", "object")
+    return {**parameters, "type": "object" if isinstance(kind, list) and "object" in kind else kind}
 
 
 def arguments_of(tool: Mapping[str, Any], *, required: bool) -> Grammar:

@@ -56,15 +56,18 @@ class MistralParser(CallParser):
         begin = Marker("[TOOL_CALLS]")
         objects = OneOf(tuple(call_object(tool, "arguments", required=required) for tool in self.tools))
         array = Joined((Regex(" ?"), Fixed("["), several(objects, Fixed(", "), parallel=parallel), Fixed("]")))
+        names = [tool for tool in self.tools if _NAME.fullmatch(tool["function"]["name"])]
         named = OneOf(
             tuple(
                 Joined((Fixed(tool["function"]["name"]), Marker("[ARGS]"), arguments_of(tool, required=required)))
-                for tool in self.tools
+                for tool in names
             )
         )
         if required:
-            return Joined((begin, OneOf((array, several(named, begin, parallel=parallel)))))
-        return Triggered((Trigger(begin, OneOf((array, named))),), most=None if parallel else 1)
+            ways = [array, several(named, begin, parallel=parallel)] if names else [array]
+            return Joined((begin, OneOf(tuple(ways))))
+        then = OneOf((array, named)) if names else array
+        return Triggered((Trigger(begin, then),), most=None if parallel else 1)
 
     def call_id(self) -> str:
         """Nine letters and digits: the templates accept nothing else."""

@@ -78,7 +78,7 @@ class Engine:
             del self._compiling[request.id]
             try:
                 self._pending += self.scheduler.add(request, future.result())
-            except Exception as error:  # a plugin's, too
+            except BaseException as error:  # a plugin's, too; a panic in Rust is no Exception
                 known = isinstance(error, (GrammarError, UserError))
                 reason = str(error) if known else f"the grammar backend failed: {type(error).__name__}: {error}"
                 self._pending += [Output(request.id, i, [], finish="error", error=reason) for i in range(request.n)]

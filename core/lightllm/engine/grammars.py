@@ -32,7 +32,7 @@ class Grammars:
 
     def warm(self) -> None:
         """Make the backend now. What is wrong with it is said to those who need it."""
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(BaseException):  # a panic in Rust is no Exception
             self.backend  # noqa: B018
 
     def compile(self, grammar: Grammar, count: int) -> Future[list[GrammarMatcher]]:

@@ -49,7 +49,7 @@ class Masks:
         """Rule out what the grammars do not allow; logits [rows, vocabulary] are changed in place."""
         try:
             masks = started.result()
-        except Exception as error:
+        except BaseException as error:  # a panic in Rust is no Exception
             for h in held:
                 h.result.error = f"the grammar backend failed: {type(error).__name__}: {error}"
             return
