@@ -36,7 +36,7 @@ def until(condition: Callable[[], bool], seconds: float = 30) -> None:
 
 
 def engine_of(server: RealServer) -> psutil.Process:
-    (engine,) = server.children()
+    (engine,) = [child for child in server.children() if "engine" in child.cmdline()]
     return engine
 
 

@@ -121,7 +121,7 @@ UNFIT = [
     ({"guided_json": {"type": "object", "properties": {f"p{i}": {} for i in range(3000)}}}, "guided_json", "items"),
     ({"guided_regex": "a(?=b)"}, "guided_regex", "look"),
     ({"guided_regex": "a" * 300_000}, "guided_regex", "262,144"),
-    ({"guided_grammar": "what?"}, "guided_grammar", "neither Lark nor GBNF"),
+    ({"guided_grammar": "what?"}, "guided_grammar", "neither Lark, with a rule start"),
     ({"guided_choice": []}, "guided_choice", "at least one"),
     ({"guided_choice": [1]}, "guided_choice[0]", "str"),
     ({"guided_choice": ["a"], "guided_regex": "b"}, "guided_choice", "Only one of guided_regex and guided_choice"),
