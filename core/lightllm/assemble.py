@@ -212,22 +212,6 @@ def build_engine(
     return Engine(scheduler, runner, grammars, ready)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The process that checks grammars
-
-
-def check_grammars() -> int:
-    from lightllm.server.checker import serve_checks
-
-    def make(message: bytes) -> GrammarBackend:
-        start = msgspec.msgpack.decode(message, type=Start)
-        configure_logging(start.config)
-        return _grammar_backend(start.config, Plugins.discover(start.recipe, quiet=True), None, 0, ())
-
-    serve_checks(make)
-    return 0
-
-
 def _device(config: Config) -> torch.device:
     import torch
 
@@ -314,6 +298,22 @@ def _first_fit(what: str, candidates: Sequence[Provided], why_not: Callable[[Any
             return candidate
         passed.append(f"not {candidate.label}: {reason}")
     raise UserError(f"no {what} can serve this model: {'; '.join(passed) or 'none is installed'}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The process that checks grammars
+
+
+def check_grammars() -> int:
+    from lightllm.server.checker import serve_checks
+
+    def make(message: bytes) -> GrammarBackend:
+        start = msgspec.msgpack.decode(message, type=Start)
+        configure_logging(start.config)
+        return _grammar_backend(start.config, Plugins.discover(start.recipe, quiet=True), None, 0, ())
+
+    serve_checks(make)
+    return 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from lightllm import grammar as g
 from lightllm.grammar import Fixed, Grammar, Joined, Marker, OneOf, Regex, Repeated, Rules, Trigger, Triggered
 from lightllm.tokenizer import level_bytes
 from lightllm_builtin.grammar.backend import Llguidance
+from lightllm_builtin.grammar.lark import modest
 
 MERGED = ('{"', '":', ', "', '"}', "}\n", "</", ": ", "true", "ab", "l>", "天气", '{"name": "')
 """Words that are one token."""
@@ -488,3 +489,22 @@ def test_threads_may_share_a_backend() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(compiled, range(1, 40))) == [compiled(0)] * 39
+
+
+LITERAL = "a" * 4000
+
+
+@pytest.mark.parametrize(
+    ("schema", "is_modest"),
+    [
+        ({"properties": {"title": {"const": "a"}, "minItems": {"type": "string"}}, "title": LITERAL}, True),
+        ({"properties": {"title": {"const": LITERAL}}}, False),
+        ({"const": {"title": LITERAL}}, False),
+        ({"enum": ["a", LITERAL]}, False),
+        ({"properties": {LITERAL: {}}}, False),
+        ({"items": {"minItems": 1000}}, False),
+        ({"pattern": "a{1000}"}, False),
+    ],
+)
+def test_only_grammars_without_long_texts_that_must_come_are_looked_ahead_in(schema: Any, is_modest: bool) -> None:
+    assert modest(g.json(schema)) == is_modest

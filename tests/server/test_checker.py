@@ -105,9 +105,9 @@ def test_a_process_that_dies_is_replaced():
     async def work(checker):
         await checker.warm()
         checker._process.kill()
-        answers = [await verdict(checker, g.Regex("a+")) for _ in range(2)]
-        assert answers[-1] == "" or "memory" in answers[-1]
-        assert await verdict(checker, g.Regex("b+")) == ""
+        first, second = [await verdict(checker, g.Regex("a+")) for _ in range(2)]
+        assert first == "" or "memory" in first
+        assert second == "", "that it died is not held against the grammar"
 
     with_checker(work)
 

@@ -33,8 +33,7 @@ def _tooled(kit):
 @pytest.fixture
 def tooled(_tooled):
     _tooled.engine.__init__()
-    _tooled.engine.ready = msgspec.structs.replace(_tooled.engine.ready, max_model_len=5000)
-    return _tooled
+    return roomy(_tooled)
 
 
 def grammar_of(server, path="/v1/chat/completions", **fields):
@@ -87,6 +86,13 @@ def test_schemas_may_name_their_draft(server):
         assert grammar_of(server, guided_json={"$schema": uri, "type": "null"}) is not None
 
 
+def test_properties_may_be_called_as_keywords_are(server):
+    properties = dict.fromkeys(
+        ("minItems", "minLength", "pattern", "title", "format", "const", "enum"), {"type": "null"}
+    )
+    assert grammar_of(server, guided_json={"type": "object", "properties": properties}) is not None
+
+
 def nested(levels):
     schema = {"type": "null"}
     for _ in range(levels):
@@ -114,6 +120,11 @@ UNFIT = [
     ({"guided_json": {"properties": {"a": {"not": {}}}}}, "guided_json", "not"),
     ({"guided_json": {"$ref": "https://example.com/schema"}}, "guided_json", "example.com"),
     ({"guided_json": False}, "guided_json", "nothing"),
+    (
+        {"guided_json": {"type": "number", "exclusiveMinimum": 98, "exclusiveMaximum": 98.5}},
+        "guided_json",
+        "exclusive bound",
+    ),
     ({"guided_json": nested(101)}, "guided_json", "100 deep"),
     ({"guided_json": {"enum": ["x" * 300_000]}}, "guided_json", "262,144"),
     ({"guided_regex": "(["}, "guided_regex", "regex"),
@@ -205,7 +216,13 @@ def test_a_schema_that_cannot_be_enforced_does_no_harm_where_it_need_not_be(tool
     assert grammar_of(tooled, tools=[tool(**UNIQUE)]) is None
 
 
+def roomy(server):
+    server.engine.ready = msgspec.structs.replace(server.engine.ready, max_model_len=5000)
+    return server
+
+
 def test_calls_cannot_be_forced_without_a_parser_that_can(server, kit):
+    roomy(server)
     refused(server, "tool_choice", "--tool-call-parser", tools=[tool()], tool_choice="required")
     refused(server, "tools", "--tool-call-parser", tools=[tool(strict=True)])
 
@@ -213,15 +230,14 @@ def test_calls_cannot_be_forced_without_a_parser_that_can(server, kit):
         grammar = None
 
     with kit.running(tool_parser=Plain) as other:
-        refused(other, "tool_choice", "cannot write a grammar", tools=[tool()], tool_choice="required")
+        refused(roomy(other), "tool_choice", "cannot write a grammar", tools=[tool()], tool_choice="required")
 
 
 def test_ids_have_the_form_that_the_parser_wants(tooled, kit):
     tooled.engine.script = kit.says('<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>')
     assert tooled.chat(tools=[tool()]).choices[0].message.tool_calls[0].id.startswith("call_")
     with kit.running(tool_parser=MistralParser) as other:
-        other.engine.ready = msgspec.structs.replace(other.engine.ready, max_model_len=2000)
-        other.engine.script = kit.says('[TOOL_CALLS][{"name": "f", "arguments": {"a": 1}}]')
+        roomy(other).engine.script = kit.says('[TOOL_CALLS][{"name": "f", "arguments": {"a": 1}}]')
         id = other.chat(tools=[tool()]).choices[0].message.tool_calls[0].id
         assert len(id) == 9 and id.isalnum() and id.isascii()
         streamed = [

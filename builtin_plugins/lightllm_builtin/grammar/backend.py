@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 
 from lightllm.grammar import Grammar, GrammarError
-from lightllm_builtin.grammar.lark import has_schema, modest, written
+from lightllm_builtin.grammar.lark import Lark, has_schema, modest
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 _PLACE = re.compile(r"at \d+\(\d+\): (failed to compile JSON schema: )?")
-"""Where it is in the text that `written` made: nothing the client has seen."""
+"""Where it is in the text that `Lark` made: nothing the client has seen."""
 
 
 def _limits(initial: int, step: int, items: int) -> LLParserLimits:
@@ -51,27 +51,20 @@ class Llguidance:
         self._executor = LLExecutor()
 
     def compile(self, grammar: Grammar) -> Matcher:
-        for forcing in (True, False) if modest(grammar) and not self._names_special(grammar) else (False,):
-            matcher = self._new(grammar, forcing)
+        lark = Lark(grammar, self._special)
+        limits = SCHEMA_LIMITS if has_schema(grammar) else RULES_LIMITS
+        # text that looks like a special token would be forced as that token
+        forcible = modest(grammar) and not (self._specials and self._specials.search(lark.body))
+        reason = ""
+        for forcing in (True, False) if forcible else (False,):
+            # always anew: copies of a matcher share a lexer, and what one of them has used up the others lack
+            matcher = Matcher(LLMatcher(self._tokenizer, lark.source(forcing=forcing), log_level=0, limits=limits))
             reason = matcher.error()
             if not reason and self._raw is None:
-                reason = _trial(matcher)
-                matcher = self._new(grammar, forcing)
+                reason = _trial(Matcher(matcher.raw.deep_copy()))
             if not reason:
                 return matcher
         raise GrammarError(reason)
-
-    def _names_special(self, grammar: Grammar) -> bool:
-        """Whether text that looks like a special token may have to come: llguidance would force the token."""
-        if self._specials is None:
-            return False
-        return bool(self._specials.search(written(grammar, self._special, forcing=False)))
-
-    def _new(self, grammar: Grammar, forcing: bool) -> Matcher:
-        # always anew: copies of a matcher would share a lexer, and what one of them has used up the others lack
-        text = written(grammar, self._special, forcing=forcing)
-        limits = SCHEMA_LIMITS if has_schema(grammar) else RULES_LIMITS
-        return Matcher(LLMatcher(self._tokenizer, text, log_level=0, limits=limits))
 
     def fill(self, matchers: Sequence[Matcher], masks: torch.Tensor) -> None:
         words = -(-self._tokenizer.vocab_size // 32)

@@ -29,19 +29,8 @@ from lightllm_builtin.grammar import schemas
 
 _ANY = "(?s:.*)"
 
-
-LONG = 64
-"""Repetitions from which on text that must come may be very long; and choices that are better one lexeme."""
-
-
-def written(grammar: Grammar, special: Callable[[str], int | None], *, forcing: bool) -> str:
-    """What llguidance reads. ``special``: the id of a special token, None where there is no such. Raises
-    `GrammarError`.
-
-    ``forcing``: llguidance looks ahead for text that has no alternative, and does so without an end in sight; only for
-    `modest` grammars is the end near.
-    """
-    return _Writer(special).write(grammar, forcing)
+MANY = 64
+"""Texts to choose from, from which on they are better one lexeme than as many."""
 
 
 def modest(grammar: Grammar) -> bool:
@@ -73,16 +62,23 @@ def _nodes(node: Grammar) -> Iterator[Grammar]:
         yield from _nodes(part)
 
 
-class _Writer:
-    def __init__(self, special: Callable[[str], int | None]) -> None:
+class Lark:
+    """A grammar in Lark. ``special``: the id of a special token, None where there is no such. Raises `GrammarError`."""
+
+    def __init__(self, grammar: Grammar, special: Callable[[str], int | None]) -> None:
         self._special = special
         self._rules: list[str] = []
         self._others: list[dict[str, str]] = []  # grammars of their own
-
-    def write(self, grammar: Grammar, forcing: bool) -> str:
         start = self._expression(grammar)
-        options = json.dumps({"no_forcing": not forcing})
-        lark = "\n".join([f"%llguidance {options}", f"start: {start}", *self._rules, ""])
+        self.body = "\n".join([f"start: {start}", *self._rules, ""])
+
+    def source(self, *, forcing: bool) -> str:
+        """What llguidance reads.
+
+        ``forcing``: it looks ahead for text that has no alternative, and does so without an end in sight; only for
+        `modest` grammars is the end near.
+        """
+        lark = f"%llguidance {json.dumps({'no_forcing': not forcing})}\n{self.body}"
         return json.dumps({"grammars": [{"name": "answer", "lark_grammar": lark}, *self._others]})
 
     def _expression(self, node: Grammar) -> str:
@@ -100,7 +96,7 @@ class _Writer:
                 return self._other(source)
             case Joined(parts):
                 return f"( {' '.join(map(self._expression, parts))} )"
-            case OneOf(options) if len(options) > LONG and all(isinstance(option, Fixed) for option in options):
+            case OneOf(options) if len(options) > MANY and all(isinstance(option, Fixed) for option in options):
                 return self._rule(" | ".join(map(self._expression, options)), name="T")  # a terminal: one lexeme
             case OneOf(options):
                 return f"( {' | '.join(map(self._expression, options))} )"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from typing import Any
 
 from lightllm.grammar import GrammarError
@@ -35,10 +34,15 @@ FORMATS = frozenset(
 )  # fmt: skip
 """JSON Schema's own; any other is only a remark."""
 
-_LISTS = frozenset({"anyOf", "oneOf", "allOf", "prefixItems"})
+LONG = 64
+"""Characters of a literal, and repetitions, from which on text that must come is no longer `modest`."""
+
 _MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
-_VALUES = frozenset({"const", "enum"})
+"""Their keys are names, not keywords."""
+
 _REMARKS = frozenset({"title", "description", "default", "examples", "$comment", "deprecated", "readOnly", "writeOnly"})
+_REFERENCES = frozenset({"$schema", "$id", "$ref"})
+_COUNTS = frozenset({"minItems", "minLength", "minProperties"})
 
 
 def prepared(schema: str) -> str:
@@ -57,36 +61,48 @@ def _clean(schema: Any) -> Any:
     """A copy for llguidance."""
     if schema is True:
         return {}
+    if isinstance(schema, list):
+        return [_clean(inner) for inner in schema]
     if not isinstance(schema, dict):
         return schema
+    _check_bounds(schema)
     out = {}
     for key, value in schema.items():
         if key in _REMARKS or (key == "uniqueItems" and value is False):
             continue
         if key == "format" and isinstance(value, str) and value not in FORMATS:
             continue
-        if key in _VALUES:
-            _check_literal(value if key == "const" else None, value if key == "enum" else ())
+        if key in ("const", "enum"):
+            for literal in value if key == "enum" and isinstance(value, list) else [value]:
+                _check_literal(literal)
         elif key in _MAPS and isinstance(value, dict):
             for name in value:
                 _check_literal(name)
             value = {name: _clean(inner) for name, inner in value.items()}
-        elif key in _LISTS or isinstance(value, list):
-            value = [_clean(inner) for inner in value] if isinstance(value, list) else value
-        elif isinstance(value, dict):
-            value = _clean(value)
         elif isinstance(value, int) and abs(value) > EXACT:
             raise GrammarError(f"{key} is beyond 2**53: that cannot be enforced exactly")
+        else:
+            value = _clean(value)
         out[key] = value
     return out
 
 
-def _check_literal(const: Any, enum: Any = ()) -> None:
-    for value in [const, *(enum if isinstance(enum, list) else ())]:
-        if len(text := json.dumps(value)) > LONGEST:
-            raise GrammarError(f"a literal of {len(text):,} characters is too long, {LONGEST:,} is the limit")
-        if any(abs(number) > EXACT for number in _integers(value)):
-            raise GrammarError("integers beyond 2**53 cannot be enforced exactly")
+def _check_literal(value: Any) -> None:
+    if len(text := json.dumps(value)) > LONGEST:
+        raise GrammarError(f"a literal of {len(text):,} characters is too long, {LONGEST:,} is the limit")
+    if any(abs(number) > EXACT for number in _integers(value)):
+        raise GrammarError("integers beyond 2**53 cannot be enforced exactly")
+
+
+def _check_bounds(schema: dict[str, Any]) -> None:
+    """llguidance lets an exclusive bound itself through where the other one is less than 1 away."""
+    low, high = (
+        [schema[key] for key in keys if isinstance(schema.get(key), (int, float))]
+        for keys in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum"))
+    )
+    exclusive = "exclusiveMinimum" in schema or "exclusiveMaximum" in schema
+    if low and high and exclusive and 0 < min(high) - max(low) < 1 and schema.get("type") != "integer":
+        raise GrammarError("an exclusive bound less than 1 from the other bound cannot be enforced exactly")
 
 
 def _integers(value: Any) -> list[int]:
@@ -102,21 +118,34 @@ def modest(schema: str) -> bool:
     return _modest(json.loads(schema))
 
 
-_LONG = 64
-
-
 def _modest(schema: Any) -> bool:
     if isinstance(schema, list):
         return all(map(_modest, schema))
-    if not isinstance(schema, dict):
-        return len(str(schema)) <= _LONG
-    checks: dict[str, Callable[[Any], bool]] = {
-        "pattern": lambda value: modest_pattern(str(value)),
-        **dict.fromkeys(("minItems", "minLength", "minProperties"), lambda value: value <= _LONG),
-        **dict.fromkeys((*_REMARKS, "$schema", "$id", "$ref"), lambda value: True),
-    }
-    return all(len(key) <= _LONG and checks.get(key, _modest)(value) for key, value in schema.items())
+    if isinstance(schema, dict):
+        return all(_modest_keyword(key, value) for key, value in schema.items())
+    return _short(schema)
+
+
+def _modest_keyword(key: str, value: Any) -> bool:
+    if key in _REMARKS or key in _REFERENCES:
+        return True
+    if key in _COUNTS:
+        return isinstance(value, (int, float)) and value <= LONG
+    if key == "pattern":
+        return modest_pattern(str(value))
+    if key == "const":
+        return _short(value)
+    if key == "enum" and isinstance(value, list):
+        return all(map(_short, value))
+    if key in _MAPS and isinstance(value, dict):
+        fits = modest_pattern if key == "patternProperties" else _short
+        return all(fits(name) and _modest(inner) for name, inner in value.items())
+    return _short(key) and _modest(value)
+
+
+def _short(value: Any) -> bool:
+    return len(json.dumps(value, ensure_ascii=False)) <= LONG
 
 
 def modest_pattern(pattern: str) -> bool:
-    return len(pattern) <= 4 * _LONG and all(int(count) <= _LONG for count in re.findall(r"\d+", pattern))
+    return len(pattern) <= 4 * LONG and all(int(count) <= LONG for count in re.findall(r"\d+", pattern))

@@ -75,23 +75,31 @@ class GrammarChecker:
             await process.wait()
 
     async def _ask(self, message: bytes) -> str:
+        """The child's verdict. Raises `GrammarError` where there is none: next time it may have more luck."""
+        process = await self._child()
         try:
-            process = await self._child()
             return await asyncio.wait_for(_exchange(process, message), SECONDS)
         except (asyncio.TimeoutError, TimeoutError):
             await self.close()
-            return f"it takes longer than {SECONDS} s to compile"
+            raise GrammarError(f"it takes longer than {SECONDS} s to compile") from None
         except (OSError, EOFError):
             await self.close()
-            return "compiling it takes too much memory, or more than the compiler can do"
+            raise GrammarError("compiling it takes too much memory, or more than the compiler can do") from None
         except asyncio.CancelledError:
             await self.close()  # its answer would be taken for the next one's
             raise
 
     async def _child(self) -> Process:
+        """One that has made its backend."""
         if self._process is None or self._process.returncode is not None:
             self._process = await asyncio.create_subprocess_exec(*self._command, stdin=PIPE, stdout=PIPE)
-            await asyncio.wait_for(_exchange(self._process, self._start), START_SECONDS)
+            try:
+                await asyncio.wait_for(_exchange(self._process, self._start), START_SECONDS)
+            except BaseException as error:
+                await self.close()
+                if isinstance(error, (asyncio.TimeoutError, TimeoutError, OSError, EOFError)):
+                    raise GrammarError("the process that checks grammars could not be started") from None
+                raise
         return self._process
 
 

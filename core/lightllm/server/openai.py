@@ -59,20 +59,21 @@ async def chat_completion(state: ServerState, body: bytes) -> Answer:
     tokens = await state.encode(prompt, add_special_tokens=bool(request.add_special_tokens))
     if not tokens:
         raise ApiError("The chat template made an empty prompt of these messages.", param="messages")
+    asked = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
+    max_tokens = budget(len(tokens), asked, ready.max_model_len, "messages")
     n = request.n or 1
     tool_parsers = [
         state.tool_parser(tools.callable) if state.tool_parser and tools.callable else None for _ in range(n)
     ]
     reasoning_parsers = [state.reasoning_parser(prompt) if state.reasoning_parser else None for _ in range(n)]
     grammar = await chat_grammar(state, wish, tools, tool_parsers[0], reasoning_parsers[0])
-    asked = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     params = sampling_params(
         state,
         ready,
         request,
         unknown,
-        max_tokens=budget(len(tokens), asked, ready.max_model_len, "messages"),
+        max_tokens=max_tokens,
         logprobs=logprobs,
         prompt_logprobs=request.prompt_logprobs,
         grammar=grammar,
