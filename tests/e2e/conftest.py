@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import openai
 import pytest
 from checkpoints import write_checkpoint, write_tokenizer
 from e2e.environment import Environment, build
 from e2e.scripted import PLUGIN, Scripted, write_scripted
+from servers import RealServer
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,6 +22,18 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_checkpoint(folder, "llama-gqa")
     write_tokenizer(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[RealServer]:
+    with RealServer("--model", "demo", "--tool-call-parser", "qwen25") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def api(demo: RealServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{demo.url}/v1", api_key="none", max_retries=0, timeout=280) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")

@@ -61,18 +61,6 @@ class Search(BaseModel):
 TOOLS: list[Any] = [openai.pydantic_function_tool(Weather), openai.pydantic_function_tool(Search, name="search")]
 
 
-@pytest.fixture(scope="module")
-def demo() -> Iterator[RealServer]:
-    with RealServer("--model", "demo", "--tool-call-parser", "qwen25") as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def api(demo: RealServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{demo.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # openai for Python
 

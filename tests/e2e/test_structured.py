@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,18 +33,6 @@ PERSON: Schema = {
     "additionalProperties": False,
 }
 LONG: Schema = {"type": "string", "minLength": 100, "maxLength": 200}
-
-
-@pytest.fixture(scope="module")
-def demo() -> Iterator[RealServer]:
-    with RealServer("--model", "demo", "--tool-call-parser", "qwen25") as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def api(demo: RealServer) -> Iterator[openai.OpenAI]:
-    with client(demo) as found:
-        yield found
 
 
 def client(server: RealServer) -> openai.OpenAI:

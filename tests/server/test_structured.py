@@ -87,9 +87,8 @@ def test_schemas_may_name_their_draft(server):
 
 
 def test_properties_may_be_called_as_keywords_are(server):
-    properties = dict.fromkeys(
-        ("minItems", "minLength", "pattern", "title", "format", "const", "enum"), {"type": "null"}
-    )
+    names = ("minItems", "minLength", "pattern", "title", "format", "const", "enum")
+    properties = {name: {"type": "null"} for name in names}
     assert grammar_of(server, guided_json={"type": "object", "properties": properties}) is not None
 
 

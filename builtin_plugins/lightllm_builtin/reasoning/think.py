@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from lightllm import Reasoning, Text
 from lightllm.grammar import Grammar, Joined, Marker, OneOf, Regex, Repeated, Trigger, Triggered
-from lightllm_builtin.tool_parsers.scan import SPACE, Scanner, Steps, first_of
+from lightllm_builtin.tool_parsers.scan import SPACE, Machine, Steps, first_of
 
 _CLOSE = first_of("</think>")
 _REST = re.compile(r".+", re.DOTALL)
@@ -20,7 +20,7 @@ _NOT_OPEN = re.compile(r"</think>|<[|｜]")
 was a part of somebody's message."""
 
 
-class ThinkParser:
+class ThinkParser(Machine[Text | Reasoning]):
     """A `lightllm.ReasoningParser`. Time is linear; what waits is whitespace and the beginning of a tag."""
 
     always_thinks: ClassVar[bool]
@@ -32,20 +32,9 @@ class ThinkParser:
         self._opened = opened
         self._continues = opened and bool(begun.strip())
         self._thinks = opened or (self.always_thinks and not prompt.rstrip().endswith("</think>"))
-        self._source = Scanner()
         self._kind: type[Text] | type[Reasoning] = Reasoning if self._thinks else Text
         self._held: list[str] = []  # whitespace that may be next to a tag
-        self._pieces: list[str] = []
-        self._events: list[Text | Reasoning] = []
-        self._steps = self._read()
-
-    def push(self, text: str) -> list[Text | Reasoning]:
-        self._source.feed(text)
-        return self._step()
-
-    def close(self) -> list[Text | Reasoning]:
-        self._source.ended = True
-        return self._step()
+        super().__init__()
 
     def grammar(self, answer: Grammar) -> Grammar:
         begin, end = Marker("<think>"), Marker("</think>")
@@ -57,7 +46,7 @@ class ThinkParser:
         return OneOf((Joined((begin, thought)), answer))
 
     def _read(self) -> Steps[None]:
-        source = self._source
+        source = self.source
         if not self._continues:
             yield from source.run(SPACE, self._held.append)
             if (yield from source.literal("<think>", _drop)):
@@ -83,17 +72,8 @@ class ThinkParser:
             self._held.clear()
         self._held.append(text[len(body) :])
 
-    def _step(self) -> list[Text | Reasoning]:
-        next(self._steps, None)
-        self._flush()
-        events, self._events = self._events, []
-        return events
-
-    def _flush(self) -> None:
-        text = "".join(self._pieces)
-        self._pieces.clear()
-        if text:
-            self._events.append(self._kind(text))
+    def _event(self, text: str) -> Text | Reasoning:
+        return self._kind(text)
 
 
 def _drop(text: str) -> None:

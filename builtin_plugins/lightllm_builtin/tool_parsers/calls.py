@@ -18,20 +18,20 @@ from __future__ import annotations
 
 import json
 import re
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from lightllm import CallArguments, CallStart, Text, grammar
 from lightllm.grammar import Fixed, Grammar, Joined, Repeated
-from lightllm_builtin.tool_parsers.scan import JSON, SPACE, Fault, Scanner, Steps
+from lightllm_builtin.tool_parsers.scan import JSON, SPACE, Fault, Machine, Steps
 
 Event = Text | CallStart | CallArguments
 
 COMMAS = re.compile(r"[, \t\r\n]+")
 
 
-class CallParser(ABC):
+class CallParser(Machine[Event]):
     """A `lightllm.ToolParser`. A format says where calls begin (``markers``) and reads one with the methods below.
 
     Text that is undecided is held: `release` makes it content, `drop` forgets it, `start` a call drops it too.
@@ -43,22 +43,11 @@ class CallParser(ABC):
     def __init__(self, tools: Sequence[Mapping[str, Any]]) -> None:
         self.tools = tools
         self.declared = frozenset(tool["function"]["name"] for tool in tools)
-        self.source = Scanner(self.syntax)
         self.called = False
         """Whether a call is the last thing that came; else it is content, or nothing yet."""
         self._held: list[str] = []
         self._count = 0
-        self._pieces: list[str] = []  # of content or, when called, of arguments
-        self._events: list[Event] = []
-        self._steps = self._read()
-
-    def push(self, text: str) -> list[Event]:
-        self.source.feed(text)
-        return self._step()
-
-    def close(self) -> list[Event]:
-        self.source.ended = True
-        return self._step()
+        super().__init__(self.syntax)
 
     # --- for a format to fill in
 
@@ -208,17 +197,8 @@ class CallParser(ABC):
         if not self.called:
             self._pieces += self._held
 
-    def _step(self) -> list[Event]:
-        next(self._steps, None)
-        self._flush()
-        events, self._events = self._events, []
-        return events
-
-    def _flush(self) -> None:
-        text = "".join(self._pieces)
-        self._pieces.clear()
-        if text:
-            self._events.append(CallArguments(self._count - 1, text) if self.called else Text(text))
+    def _event(self, text: str) -> Event:
+        return CallArguments(self._count - 1, text) if self.called else Text(text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

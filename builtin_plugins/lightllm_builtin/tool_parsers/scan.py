@@ -8,10 +8,12 @@ looked at once and passed on to a ``sink`` at once, so time is linear and nothin
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
+E = TypeVar("E")
 Steps = Generator[None, None, T]
 Sink = Callable[[str], object]
 
@@ -164,3 +166,43 @@ class Scanner:
             if not open_:
                 sink(self._text[start : self._at])
                 return
+
+
+class Machine(ABC, Generic[E]):
+    """A parser whose reading is one generator, `_read`: pushed text, it goes on as far as the text decides.
+
+    What it finds it adds to ``_pieces``, which `_flush` makes an event of, or to ``_events``.
+    """
+
+    def __init__(self, syntax: re.Pattern[str] = JSON) -> None:
+        self.source = Scanner(syntax)
+        self._pieces: list[str] = []
+        self._events: list[E] = []
+        self._steps = self._read()
+
+    def push(self, text: str) -> list[E]:
+        self.source.feed(text)
+        return self._step()
+
+    def close(self) -> list[E]:
+        self.source.ended = True
+        return self._step()
+
+    @abstractmethod
+    def _read(self) -> Steps[None]: ...
+
+    @abstractmethod
+    def _event(self, text: str) -> E:
+        """Of the pieces so far."""
+
+    def _step(self) -> list[E]:
+        next(self._steps, None)
+        self._flush()
+        events, self._events = self._events, []
+        return events
+
+    def _flush(self) -> None:
+        text = "".join(self._pieces)
+        self._pieces.clear()
+        if text:
+            self._events.append(self._event(text))
