@@ -3,6 +3,7 @@
 from lightllm import grammar
 from lightllm.hookspecs import hookimpl
 from lightllm.interfaces import (
+    Adapters,
     AttentionBackend,
     AttentionBackendRecord,
     AttentionJob,
@@ -41,6 +42,7 @@ from lightllm.interfaces import (
 )
 
 __all__ = [
+    "Adapters",
     "AttentionBackend",
     "AttentionBackendRecord",
     "AttentionJob",

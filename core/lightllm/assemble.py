@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from lightllm.config import Config, parse_size
-from lightllm.interfaces import AttentionJob, Checkpoint, GrammarBackend, LogitsProcessor, ModelInfo, UserError
+from lightllm.interfaces import Adapters, AttentionJob, Checkpoint, GrammarBackend, LogitsProcessor, ModelInfo, UserError
 from lightllm.plugins import Plugins, Provided, Recipe
 
 if TYPE_CHECKING:
@@ -57,10 +57,25 @@ def open_checkpoint(plugins: Plugins, path: Path) -> tuple[Provided, Checkpoint,
     for provided in plugins.records("weight_formats"):
         reason = provided.record.matches(path)
         if reason is None:
-            checkpoint: Checkpoint = plugins.load(provided, provided.record.checkpoint)(path)
+            checkpoint: Checkpoint = plugins.load(provided, provided.record.checkpoint)(
+                path, adapters(plugins, provided)
+            )
             return provided, checkpoint, checkpoint.info()
         reasons.append(f"{provided.record.name}: {reason}")
     raise UserError(f"{path} holds no model that any weight format can read ({'; '.join(reasons)})")
+
+
+def adapters(plugins: Plugins, weight_format: Provided) -> Adapters:
+    """What model plugins bring along for this weight format."""
+
+    def adapter(name: str) -> Any:
+        wanted = f"{weight_format.record.name}/{name}"
+        bringing = [p for p in plugins.records("models") if wanted in p.record.adapters]
+        if len(bringing) > 1:
+            raise UserError(f"several plugins read {wanted}: {', '.join(p.label for p in bringing)}; use --no-plugin")
+        return plugins.load(bringing[0], bringing[0].record.adapters[wanted]) if bringing else None
+
+    return adapter
 
 
 def claimed_fields(plugins: Plugins) -> dict[str, Provided]:
@@ -157,7 +172,7 @@ def build_engine(
     with torch.inference_mode():
         model = plugins.load(record)(info, make)
         parameters = sum(p.numel() for p in model.parameters())
-        source = plugins.load(format_record)(path, info)
+        source = plugins.load(format_record)(path, info, adapters(plugins, format_record))
         load_weights(
             model, source, lambda done, total: report(Loading(stage="loading weights", done=done, total=total))
         )

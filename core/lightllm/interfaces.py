@@ -60,7 +60,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AttentionSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """One attention layer as this rank sees it. ``window``: a token sees itself and the ``window - 1`` before it."""
+    """One attention layer as this rank sees it. ``window``: a token sees itself and the ``window - 1`` before it.
+    ``softcap``: scores s become ``softcap * tanh(s / softcap)`` before the softmax."""
 
     layer: int
     heads: int
@@ -68,6 +69,7 @@ class AttentionSpec(msgspec.Struct, frozen=True, kw_only=True):
     head_dim: int
     scale: float
     window: int | None = None
+    softcap: float | None = None
 
 
 class AttentionJob(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,9 +94,15 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelRecord(Record, frozen=True, kw_only=True):
-    """A model architecture. Target: a `Model`. ``architectures``: the names it serves in config.json's list."""
+    """A model architecture. Target: a `Model`. ``architectures``: the names it serves in config.json's list.
+
+    ``adapters`` tells weight formats that do not keep to Hugging Face's terms how they hold this model:
+    ``"format/name"``, the name being the architecture's in that format, to the ``"module:attr"`` of what the format asks
+    for. ``{"gguf/qwen2": "...:Adapter"}``, for one; imported in both processes, so without torch.
+    """
 
     architectures: tuple[str, ...]
+    adapters: Mapping[str, str] = {}
 
 
 class AttentionBackendRecord(Record, frozen=True, kw_only=True):
@@ -252,10 +260,15 @@ class LinearMethod(Protocol):
         """x [..., in] -> [..., out], bias included."""
 
 
+Adapters = Callable[[str], Any]
+"""An architecture's name in a weight format -> the adapter that a model plugin has for it (`ModelRecord.adapters`);
+None where there is none."""
+
+
 class Checkpoint(Protocol):
     """What a weight format can say of a model on disk without torch. Used in every process."""
 
-    def __init__(self, path: Path) -> None: ...
+    def __init__(self, path: Path, adapters: Adapters) -> None: ...
 
     def info(self) -> ModelInfo: ...
 
@@ -266,7 +279,7 @@ class Checkpoint(Protocol):
 class WeightFormat(Protocol):
     """Reads tensors, one at a time, so that peak memory stays at the weights plus one shard."""
 
-    def __init__(self, path: Path, info: ModelInfo) -> None: ...
+    def __init__(self, path: Path, info: ModelInfo, adapters: Adapters) -> None: ...
 
     def nbytes(self) -> int:
         """Bytes on disk, for the progress bar."""

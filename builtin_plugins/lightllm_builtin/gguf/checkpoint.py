@@ -10,7 +10,7 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 from tokenizers import Tokenizer
 
-from lightllm import ModelInfo, UserError
+from lightllm import Adapters, ModelInfo, UserError
 from lightllm_builtin.gguf.header import Header, read_header
 from lightllm_builtin.gguf.vocabulary import CONTROL, build_tokenizer
 
@@ -44,7 +44,7 @@ def the_file(path: Path) -> Path:
 class GGUFCheckpoint:
     """`lightllm.Checkpoint`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, adapters: Adapters | None = None) -> None:
         self.file = the_file(path)
 
     @cached_property

@@ -13,7 +13,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from torch import Tensor
 
-from lightllm import ModelInfo, UserError
+from lightllm import Adapters, ModelInfo, UserError
 from lightllm_builtin.gguf.checkpoint import the_file
 from lightllm_builtin.gguf.header import TensorInfo, read_header
 
@@ -24,7 +24,7 @@ NOT_WEIGHTS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_sh
 class GGUFWeights:
     """`lightllm.WeightFormat`."""
 
-    def __init__(self, path: Path, info: ModelInfo) -> None:
+    def __init__(self, path: Path, info: ModelInfo, adapters: Adapters | None = None) -> None:
         self.file = the_file(path)
         self.header = read_header(self.file)
         self.info = info

@@ -9,13 +9,13 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from lightllm import ModelInfo, UserError
+from lightllm import Adapters, ModelInfo, UserError
 
 
 class FolderCheckpoint:
     """`lightllm.Checkpoint`. Raises UserError naming the file that is absent or cannot be read."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, adapters: Adapters | None = None) -> None:
         self.path = path
 
     def info(self) -> ModelInfo:

@@ -9,13 +9,13 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lightllm import ModelInfo, UserError
+from lightllm import Adapters, ModelInfo, UserError
 
 
 class SafetensorsWeights:
     """`lightllm.WeightFormat`. Raises UserError naming the file that is absent, cut off or no safetensors."""
 
-    def __init__(self, path: Path, info: ModelInfo) -> None:
+    def __init__(self, path: Path, info: ModelInfo, adapters: Adapters | None = None) -> None:
         self.files = _files(path)
 
     def nbytes(self) -> int:

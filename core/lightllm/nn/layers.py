@@ -192,9 +192,16 @@ class Make:
         return Rope(info, head_dim, self.device, **overrides)
 
     def attention(
-        self, heads: int, kv_heads: int, head_dim: int, *, window: int | None = None, scale: float | None = None
+        self,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        window: int | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
     ) -> Attention:
-        """The next attention layer. ``window``: tokens seen, itself too; ``scale``: head_dim**-0.5 unless given."""
+        """The next attention layer; see `AttentionSpec`. ``scale``: head_dim**-0.5 unless given."""
         spec = AttentionSpec(
             layer=len(self.attention_layers),
             heads=self.shard.share(heads, "attention heads"),
@@ -202,6 +209,7 @@ class Make:
             head_dim=head_dim,
             scale=head_dim**-0.5 if scale is None else scale,
             window=window,
+            softcap=softcap,
         )
         self.attention_layers.append(spec)
         return Attention(spec)
