@@ -425,7 +425,7 @@ def test_a_parser_that_raises_loses_no_text_and_is_named():
     assert parser.push("ab") == [Text("ab")]
     assert parser.push("c!d") == [Text("c!d")]
     assert parser.failure is not None
-    assert "Calls failed: RuntimeError: no exclamation marks" in parser.failure
+    assert "the tool parser failed: RuntimeError: no exclamation marks" in parser.failure
     assert parser.push("e!") == [Text("e!")]
     assert parser.close() == []
 
@@ -437,4 +437,4 @@ def test_a_reasoning_parser_that_raises_leaves_the_rest_to_the_tool_parser():
 
     parser = OutputParser(Broken(), Calls())
     assert parser.push("a[f]") == [Text("a"), CallStart(0, "f"), CallArguments(0, "{}")]
-    assert "Broken failed" in (parser.failure or "")
+    assert "the reasoning parser failed: ValueError: no" in (parser.failure or "")

@@ -126,6 +126,7 @@ def test_the_list_as_json_says_everything(site: Site, capsys: pytest.CaptureFixt
         "status": "ok",
         "provides": {"tool_parsers": ["mine"], "add_options": []},
         "reason": "",
+        "warnings": [],
     }
     assert reports["bad"]["status"] == "broken"
     assert "no_such_thing" in reports["bad"]["reason"]

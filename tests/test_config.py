@@ -29,6 +29,7 @@ OPTIONS = {
     "tp": ("2", 2),
     "attention_backend": ("torch", "torch"),
     "sampler": ("standard", "standard"),
+    "executor": ("local", "local"),
     "grammar_backend": ("llguidance", "llguidance"),
     "max_model_len": ("4096", 4096),
     "max_total_tokens": ("9999", 9999),
@@ -39,6 +40,7 @@ OPTIONS = {
     "chat_template": ("t.jinja", "t.jinja"),
     "tool_call_parser": ("qwen25", "qwen25"),
     "reasoning_parser": ("deepseek-r1", "deepseek-r1"),
+    "plugin": ("x", ("x",)),
     "no_plugin": ("x", ("x",)),
     "strict_plugins": (None, True),
     "log_level": ("debug", "debug"),
@@ -238,9 +240,11 @@ def test_version_is_the_distributions(capsys: pytest.CaptureFixture[str]) -> Non
 def test_blocked_plugins_and_strictness_are_read_before_other_options_are_known(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text('no_plugin = ["from-file"]\ntheir-option = 3\nport = "wrong"')
     argv = ["--their-option", "3", "--port", "wrong", "--strict_plugins", "--config", str(tmp_path / "config.toml")]
-    assert read_plugin_choice(argv, {}) == (("from-file",), True)
-    assert read_plugin_choice([*argv, "--no-plugin", "a"], {}) == (("a",), True)
-    assert read_plugin_choice(["--help"], {}) == ((), False)
+    assert read_plugin_choice(argv, {}) == (("from-file",), True, ())
+    assert read_plugin_choice([*argv, "--no-plugin", "a"], {}) == (("a",), True, ())
+    assert read_plugin_choice(["--help"], {}) == ((), False, ())
+    given = read_plugin_choice(["--plugin", "a.b,x.py"], {}).given
+    assert given == ("a.b", str(Path("x.py").absolute()))
 
 
 # --- options of plugins

@@ -1,6 +1,7 @@
 """What plugin authors import. Nothing here imports torch, a kernel or a web framework."""
 
 from lightllm import grammar
+from lightllm.hookspecs import VERSION as HOOKS_VERSION
 from lightllm.hookspecs import hookimpl
 from lightllm.interfaces import (
     Adapters,
@@ -14,6 +15,9 @@ from lightllm.interfaces import (
     CallStart,
     Checkpoint,
     Event,
+    Executor,
+    ExecutorJob,
+    ExecutorRecord,
     GrammarBackend,
     GrammarBackendRecord,
     GrammarMatcher,
@@ -39,9 +43,12 @@ from lightllm.interfaces import (
     UserError,
     WeightFormat,
     WeightFormatRecord,
+    Worker,
 )
+from lightllm.options import parse_size
 
 __all__ = [
+    "HOOKS_VERSION",
     "Adapters",
     "AttentionBackend",
     "AttentionBackendRecord",
@@ -53,6 +60,9 @@ __all__ = [
     "CallStart",
     "Checkpoint",
     "Event",
+    "Executor",
+    "ExecutorJob",
+    "ExecutorRecord",
     "GrammarBackend",
     "GrammarBackendRecord",
     "GrammarMatcher",
@@ -78,6 +88,8 @@ __all__ = [
     "UserError",
     "WeightFormat",
     "WeightFormatRecord",
+    "Worker",
     "grammar",
     "hookimpl",
+    "parse_size",
 ]

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from lightllm.checks import blamed
 from lightllm.config import Config, parse_size
-from lightllm.interfaces import Adapters, AttentionJob, Checkpoint, GrammarBackend, LogitsProcessor, ModelInfo, UserError
+from lightllm.interfaces import AttentionJob, Checkpoint, Executor, ExecutorJob, GrammarBackend, ModelInfo, UserError
 from lightllm.plugins import Plugins, Provided, Recipe
+from lightllm.selection import adapters, choose, claimed_fields, model_record
 
 if TYPE_CHECKING:
     import torch
@@ -24,9 +26,11 @@ if TYPE_CHECKING:
     from lightllm.chat import ChatTemplate
     from lightllm.engine.client import EngineClient
     from lightllm.engine.engine import Engine
+    from lightllm.engine.grammars import Grammars
     from lightllm.engine.request import Loading
+    from lightllm.engine.runner import Runner
     from lightllm.server.checker import GrammarChecker
-    from lightllm.server.state import ServerState
+    from lightllm.server.state import ServerState, Validator
 
 log = logging.getLogger("lightllm")
 
@@ -52,7 +56,7 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def open_checkpoint(plugins: Plugins, path: Path) -> tuple[Provided, Checkpoint, ModelInfo]:
-    """The first weight format that recognises the files, and what it says of them."""
+    """The first weight format that recognises the files, and what it and the model's plugin say of them."""
     reasons = []
     for provided in plugins.records("weight_formats"):
         reason = provided.record.matches(path)
@@ -60,70 +64,28 @@ def open_checkpoint(plugins: Plugins, path: Path) -> tuple[Provided, Checkpoint,
             checkpoint: Checkpoint = plugins.load(provided, provided.record.checkpoint)(
                 path, adapters(plugins, provided)
             )
-            return provided, checkpoint, checkpoint.info()
+            return provided, checkpoint, _completed(plugins, checkpoint.info())
         reasons.append(f"{provided.record.name}: {reason}")
     raise UserError(f"{path} holds no model that any weight format can read ({'; '.join(reasons)})")
 
 
-def adapters(plugins: Plugins, weight_format: Provided) -> Adapters:
-    """What model plugins bring along for this weight format."""
-
-    def adapter(name: str) -> Any:
-        wanted = f"{weight_format.record.name}/{name}"
-        bringing = [p for p in plugins.records("models") if wanted in p.record.adapters]
-        if len(bringing) > 1:
-            raise UserError(f"several plugins read {wanted}: {', '.join(p.label for p in bringing)}; use --no-plugin")
-        return plugins.load(bringing[0], bringing[0].record.adapters[wanted]) if bringing else None
-
-    return adapter
-
-
-def claimed_fields(plugins: Plugins) -> dict[str, Provided]:
-    """Request field -> the logits processor that claims it. Two claims on one field are an error naming both."""
-    claims: dict[str, Provided] = {}
-    for provided in plugins.records("logits_processors"):
-        for name in provided.record.fields:
-            if name in claims:
-                raise UserError(f"{claims[name].label} and {provided.label} both claim the request field {name!r}")
-            claims[name] = provided
-    return claims
-
-
-def model_record(plugins: Plugins, info: ModelInfo) -> Provided:
-    """The model plugin for this architecture. Raises UserError when there is none, or several."""
+def _completed(plugins: Plugins, info: ModelInfo) -> ModelInfo:
     serving = [p for p in plugins.records("models") if info.architecture in p.record.architectures]
-    if len(serving) == 1:
-        return serving[0]
-    if serving:
-        raise UserError(
-            f"several plugins serve {info.architecture}: {', '.join(p.label for p in serving)}; use --no-plugin"
-        )
-    known = sorted({a for p in plugins.records("models") for a in p.record.architectures})
-    raise UserError(
-        f"{info.path}: no model plugin serves the architecture {info.architecture!r}. Served: {', '.join(known)}."
-        + plugins.broken_note()
-    )
-
-
-def linear_method(plugins: Plugins, config: Config) -> Provided:
-    return plugins.find("linear_methods", config.quantization or "dense")
+    if len(serving) != 1 or serving[0].record.complete is None:
+        return info  # where there is not one, `model_record` will say so
+    with blamed(serving[0].label):
+        completed: ModelInfo = serving[0].record.complete(info)
+    return completed
 
 
 def _grammar_backend(
     config: Config, plugins: Plugins, tokenizer: RawTokenizer | None, vocab_size: int, eos_token_ids: Sequence[int]
-) -> GrammarBackend:
-    target = plugins.load(_best(plugins, "grammar_backends", config.grammar_backend))
-    backend: GrammarBackend = target(tokenizer, vocab_size, eos_token_ids)
-    return backend
-
-
-def _best(plugins: Plugins, kind: str, name: str) -> Provided:
-    if name != "auto":
-        return plugins.find(kind, name)
-    candidates = plugins.records(kind)
-    if not candidates:
-        raise UserError(f"no plugin provides {kind.replace('_', ' ')}")
-    return max(candidates, key=lambda p: p.record.priority)
+) -> tuple[GrammarBackend, str]:
+    """It, and whom to blame for what it raises."""
+    provided = choose(plugins, "grammar_backends", config.grammar_backend)
+    target, name = plugins.load(provided), f"the grammar backend {provided.label}"
+    with blamed(name):
+        return target(tokenizer, vocab_size, eos_token_ids), name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,84 +109,106 @@ def run_engine(argv: list[str]) -> int:
 def build_engine(
     config: Config, plugins: Plugins, path: Path, report: Callable[[Loading], None] = lambda _: None
 ) -> Engine:
-    """Load the model and size everything around it. Raises UserError for what the user can mend."""
-    import torch
-
+    """Load the model and size everything around it. Raises UserError for what the user can mend, `Wrong` for what a
+    plugin has to."""
     from lightllm.engine.engine import Engine
     from lightllm.engine.grammars import Grammars
     from lightllm.engine.kvcache import KVCache
+    from lightllm.engine.scheduler import Scheduler
+
+    _, checkpoint, info = open_checkpoint(plugins, path)
+    eos_token_ids = info.eos_token_ids()
+    vocab_size: int = info.config["vocab_size"]
+    # made when it is first needed: most servers never do
+    grammars = Grammars(lambda: _grammar_backend(config, plugins, checkpoint.tokenizer(), vocab_size, eos_token_ids))
+    device = _device(config)
+    job = ExecutorJob(world_size=config.tp, device=device.type)
+    provided = choose(plugins, "executors", config.executor, job)
+    make_executor = plugins.load(provided)
+
+    def build() -> Runner:
+        with blamed("building the model"):
+            return _build_worker(config, plugins, path, device, grammars, report)
+
+    name = f"the executor {provided.label}"
+    with blamed(name):
+        executor: Executor = make_executor(job, build)
+    ready = executor.ready
+    scheduler = Scheduler(
+        KVCache(ready.total_slots, prefix_cache=config.prefix_cache),
+        max_batch_tokens=config.max_batch_tokens or DEFAULT_STEP_TOKENS[device.type],
+        max_running=config.max_running_requests,
+        max_model_len=ready.max_model_len,
+        eos_token_ids=eos_token_ids,
+    )
+    return Engine(scheduler, executor, grammars, name)
+
+
+def _build_worker(
+    config: Config,
+    plugins: Plugins,
+    path: Path,
+    device: torch.device,
+    grammars: Grammars,
+    report: Callable[[Loading], None],
+) -> Runner:
+    """The model with all it needs to compute a step."""
+    import torch
+
     from lightllm.engine.masks import Masks
     from lightllm.engine.request import Loading, Ready
     from lightllm.engine.runner import Runner
-    from lightllm.engine.scheduler import Scheduler
     from lightllm.nn.batch import KVPool
     from lightllm.nn.layers import Make
     from lightllm.nn.weights import load_weights
 
-    format_record, checkpoint, info = open_checkpoint(plugins, path)
+    names: dict[type, str] = {}
+
+    def make(kind: str, provided: Provided, *arguments: Any) -> Any:
+        """An object of a plugin's; from here on ``names`` knows whose it is."""
+        target = plugins.load(provided)
+        with blamed(f"the {kind} {provided.label}"):
+            made = target(*arguments)
+        names[type(made)] = f"the {kind} {provided.label}"
+        return made
+
+    format_record, _, info = open_checkpoint(plugins, path)
     record = model_record(plugins, info)
-    device = _device(config)
     dtype = _dtype(config, info, device)
-    method = plugins.load(linear_method(plugins, config))
+    method = choose(plugins, "linear_methods", config.quantization, info)
     report(Loading(stage="importing the model"))
 
-    make = Make(dtype=dtype, device=device, linear_method=method)
+    layers = Make(dtype=dtype, device=device, linear_method=lambda: make("linear method", method))
     with torch.inference_mode():
-        model = plugins.load(record)(info, make)
+        model = make("model", record, info, layers)
         parameters = sum(p.numel() for p in model.parameters())
-        source = plugins.load(format_record)(path, info, adapters(plugins, format_record))
-        load_weights(
-            model, source, lambda done, total: report(Loading(stage="loading weights", done=done, total=total))
-        )
+        source = make("weight format", format_record, path, info, adapters(plugins, format_record))
+        with blamed(f"loading the weights with {format_record.label}"):
+            load_weights(
+                model, source, lambda done, total: report(Loading(stage="loading weights", done=done, total=total))
+            )
     model.eval()
 
-    max_model_len = _max_model_len(config, info)
-    slots = _pool_slots(config, KVPool.bytes_per_token(make.attention_layers, dtype), device, max_model_len)
-    if slots < max_model_len:
-        if config.max_model_len is not None:
-            raise UserError(
-                f"the KV cache holds {slots:,} tokens, fewer than --max-model-len {max_model_len:,}: "
-                "lower that, or raise --kv-cache-memory or --max-total-tokens"
-            )
-        log.warning("the KV cache holds %s tokens: requests are limited to that many", f"{slots:,}")
-        max_model_len = slots
-    pool = KVPool(make.attention_layers, slots, dtype, device)
-
-    job = AttentionJob(
-        layers=tuple(make.attention_layers),
-        device=device.type,
-        dtype=str(dtype).removeprefix("torch."),
-        max_model_len=max_model_len,
-    )
-    backend = _attention_backend(config, plugins, job)
-    sampler = _best(plugins, "samplers", config.sampler)
-    claimed_fields(plugins)  # no two plugins on one field
-    processors: dict[str, LogitsProcessor] = {}
-    for provided in plugins.records("logits_processors"):
-        processors |= dict.fromkeys(provided.record.fields, plugins.load(provided)(info))
+    specs = layers.attention_layers
+    max_model_len, slots = _sizes(config, info, device, KVPool.bytes_per_token(specs, dtype))
+    pool = KVPool(specs, slots, dtype, device)
+    dtype_name = str(dtype).removeprefix("torch.")
+    job = AttentionJob(layers=tuple(specs), device=device.type, dtype=dtype_name, max_model_len=max_model_len)
+    backend = choose(plugins, "attention_backends", config.attention_backend, job)
+    attention = make("attention backend", backend, job, pool)
+    sampler = make("sampler", choose(plugins, "samplers", config.sampler))
+    claims = claimed_fields(plugins)
+    made = {id(provided.record): make("logits processor", provided, info) for provided in claims.values()}
+    processors = {field: made[id(provided.record)] for field, provided in claims.items()}
     vocab_size: int = info.config["vocab_size"]
-    eos_token_ids = info.eos_token_ids()
-    # made when it is first needed: most servers never do
-    grammars = Grammars(lambda: _grammar_backend(config, plugins, checkpoint.tokenizer(), vocab_size, eos_token_ids))
-    masks = Masks(grammars, vocab_size, device)
-    runner = Runner(model, plugins.load(backend)(job, pool), plugins.load(sampler)(), processors, masks, device)
-    scheduler = Scheduler(
-        KVCache(slots, prefix_cache=config.prefix_cache),
-        max_batch_tokens=config.max_batch_tokens or DEFAULT_STEP_TOKENS[device.type],
-        max_running=config.max_running_requests,
-        max_model_len=max_model_len,
-        eos_token_ids=eos_token_ids,
-    )
-    pool_bytes = KVPool.bytes_per_token(make.attention_layers, dtype) * slots
+    pool_bytes = KVPool.bytes_per_token(specs, dtype) * slots
     summary = [
-        f"model: {info.architecture} ({record.label}), {parameters:,} parameters, "
-        f"{str(dtype).removeprefix('torch.')} on {device}",
-        f"attention: {backend.label}; sampler: {sampler.label}",
+        f"model: {info.architecture} ({record.label}), {parameters:,} parameters, {dtype_name} on {device}",
         f"KV cache: {slots:,} tokens ({pool_bytes / 2**30:.2f} GiB), "
         f"{slots / max_model_len:.1f} requests of the full {max_model_len:,} tokens",
     ]
     ready = Ready(max_model_len=max_model_len, total_slots=slots, vocab_size=vocab_size, summary=summary)
-    return Engine(scheduler, runner, grammars, ready)
+    return Runner(ready, model, attention, sampler, processors, Masks(grammars, vocab_size, device), device, names)
 
 
 def _device(config: Config) -> torch.device:
@@ -252,15 +236,25 @@ def _dtype(config: Config, info: ModelInfo, device: torch.device) -> torch.dtype
     return dtype
 
 
-def _max_model_len(config: Config, info: ModelInfo) -> int:
+def _sizes(config: Config, info: ModelInfo, device: torch.device, token_bytes: int) -> tuple[int, int]:
+    """The longest request and the KV cache's slots."""
     from lightllm.nn.rope import context_length
 
     reach = context_length(info)
-    if config.max_model_len is None:
-        return reach or 4096
-    if reach and config.max_model_len > reach:
-        raise UserError(f"--max-model-len {config.max_model_len:,} is beyond the model's own {reach:,} tokens")
-    return config.max_model_len
+    asked = config.max_model_len
+    if asked is not None and reach and asked > reach:
+        raise UserError(f"--max-model-len {asked:,} is beyond the model's own {reach:,} tokens")
+    max_model_len = asked or reach or 4096
+    slots = _pool_slots(config, token_bytes, device, max_model_len)
+    if slots >= max_model_len:
+        return max_model_len, slots
+    if asked is not None:
+        raise UserError(
+            f"the KV cache holds {slots:,} tokens, fewer than --max-model-len {asked:,}: "
+            "lower that, or raise --kv-cache-memory or --max-total-tokens"
+        )
+    log.warning("the KV cache holds %s tokens: requests are limited to that many", f"{slots:,}")
+    return slots, slots
 
 
 def _pool_slots(config: Config, token_bytes: int, device: torch.device, max_model_len: int) -> int:
@@ -292,29 +286,6 @@ def _pool_slots(config: Config, token_bytes: int, device: torch.device, max_mode
     return slots
 
 
-def _attention_backend(config: Config, plugins: Plugins, job: AttentionJob) -> Provided:
-    if config.attention_backend != "auto":
-        chosen = plugins.find("attention_backends", config.attention_backend)
-        reason = chosen.record.supports(job) if chosen.record.supports else None
-        if reason is not None:
-            raise UserError(f"--attention-backend {config.attention_backend}: {reason}")
-        return chosen
-    records = plugins.records("attention_backends")
-    return _first_fit("attention backend", records, lambda r: r.supports(job) if r.supports else None)
-
-
-def _first_fit(what: str, candidates: Sequence[Provided], why_not: Callable[[Any], str | None]) -> Provided:
-    """The first by priority that has no reason why not; logged with the reasons of those before it."""
-    passed: list[str] = []
-    for candidate in sorted(candidates, key=lambda p: -p.record.priority):
-        reason = why_not(candidate.record)
-        if reason is None:
-            log.info("%s %s chosen%s", what, candidate.label, f" ({'; '.join(passed)})" if passed else "")
-            return candidate
-        passed.append(f"not {candidate.label}: {reason}")
-    raise UserError(f"no {what} can serve this model: {'; '.join(passed) or 'none is installed'}")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The process that checks grammars
 
@@ -325,7 +296,9 @@ def check_grammars() -> int:
     def make(message: bytes) -> GrammarBackend:
         start = msgspec.msgpack.decode(message, type=Start)
         configure_logging(start.config)
-        return _grammar_backend(start.config, Plugins.discover(start.recipe, quiet=True), None, 0, ())
+        plugins = Plugins.discover(start.recipe, quiet=True)
+        logging.getLogger("lightllm").setLevel("WARNING")  # what is chosen, the engine says
+        return _grammar_backend(start.config, plugins, None, 0, ())[0]
 
     serve_checks(make)
     return 0
@@ -345,8 +318,6 @@ def serve(config: Config, plugins: Plugins) -> int:
     from lightllm.server.run import LoadingBar, address, listen, run
 
     configure_logging(config)
-    if config.tp != 1:
-        raise UserError(f"--tp {config.tp}: tensor parallelism is not there yet, only --tp 1")
     with listen(config.host, config.port) as sock, LoadingBar() as bar:
         path = plugins.resolve_model(config.model, config.revision, config)
         _, checkpoint, info = open_checkpoint(plugins, path)
@@ -376,11 +347,12 @@ def serve(config: Config, plugins: Plugins) -> int:
 def _check_choices(config: Config, plugins: Plugins, info: ModelInfo) -> None:
     """Everything that was asked for by name exists."""
     model_record(plugins, info)
-    linear_method(plugins, config)
     for kind, name in (
         ("attention_backends", config.attention_backend),
         ("samplers", config.sampler),
+        ("linear_methods", config.quantization),
         ("grammar_backends", config.grammar_backend),
+        ("executors", config.executor),
     ):
         if name != "auto":
             plugins.find(kind, name)
@@ -394,6 +366,7 @@ def _server_state(
     engine: EngineClient,
     checker: GrammarChecker,
 ) -> ServerState:
+    from lightllm.server.plugin_parts import named_lifespan, plugin_router
     from lightllm.server.protocol import REQUEST_FIELDS
     from lightllm.server.state import ServerState
     from lightllm.tokenizer import Tokenizer
@@ -415,24 +388,47 @@ def _server_state(
         chat_template=_chat_template(config, plugins, info),
         tool_parser=plugins.load(tool_parser) if tool_parser else None,
         reasoning_parser=plugins.load(reasoning_parser) if reasoning_parser else None,
-        claims={name: provided.record.validate for name, provided in claims.items()},
-        listeners=[listener for _, listener in plugins.listeners(config)],
-        routes=plugins.routes(config),
-        lifespans=plugins.lifespans(config),
+        tool_parser_name=f"the tool parser {tool_parser.label}" if tool_parser else "",
+        reasoning_parser_name=f"the reasoning parser {reasoning_parser.label}" if reasoning_parser else "",
+        claims=_validators(claims),
+        listeners=[
+            msgspec.structs.replace(listener, name=f"the listener {listener.name} of plugin {plugin.label}")
+            for plugin, listener in plugins.listeners(config)
+        ],
+        routes=[plugin_router(plugin.label, routes) for plugin, routes in plugins.routes(config)],
+        lifespans=[named_lifespan(plugin.label, context) for plugin, context in plugins.lifespans(config)],
     )
+
+
+def _validators(claims: Mapping[str, Provided]) -> dict[str, Validator | None]:
+    """What each claimed field is checked by; one function for all the fields of a record."""
+
+    def named(provided: Provided) -> Validator | None:
+        validate = provided.record.validate
+        if validate is None:
+            return None
+
+        def call(fields: Mapping[str, Any]) -> str | None:
+            with blamed(f"the logits processor {provided.label}"):
+                answer: str | None = validate(fields)
+                return answer
+
+        return call
+
+    made = {provided.address: named(provided) for provided in claims.values()}
+    return {field: made[provided.address] for field, provided in claims.items()}
 
 
 def choose_tool_parser(config: Config, plugins: Plugins, info: ModelInfo, tokenizer: RawTokenizer) -> Provided | None:
     """None where it is switched off, or where none fits under ``auto``."""
     if config.tool_call_parser == "none":
         return None
-    if config.tool_call_parser != "auto":
-        return plugins.find("tool_parsers", config.tool_call_parser)
     tokens = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    candidates = [p for p in plugins.records("tool_parsers") if p.record.matches]
     try:
-        return _first_fit("tool parser", candidates, lambda record: record.matches(info, tokens))
+        return choose(plugins, "tool_parsers", config.tool_call_parser, info, tokens)
     except UserError as error:
+        if config.tool_call_parser != "auto":
+            raise
         log.warning("%s", error)
         return None
 

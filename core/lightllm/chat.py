@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -16,6 +17,7 @@ import jinja2
 import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from lightllm.checks import describe
 from lightllm.interfaces import (
     CallArguments,
     CallStart,
@@ -25,6 +27,8 @@ from lightllm.interfaces import (
     ToolParser,
     UserError,
 )
+
+log = logging.getLogger("lightllm.server")
 
 
 class ChatError(ValueError):
@@ -302,12 +306,20 @@ class OutputParser:
     """Reasoning first, then tool calls in what is left; without parsers all is `Text`.
 
     A parser that raises is left out from there on: its text comes through as it is, and ``failure`` says whose fault
-    it was, for the request to end with.
+    it was, for the request to end with: ``reasoning_name`` or ``tools_name``.
     """
 
-    def __init__(self, reasoning: ReasoningParser | None = None, tools: ToolParser | None = None) -> None:
+    def __init__(
+        self,
+        reasoning: ReasoningParser | None = None,
+        tools: ToolParser | None = None,
+        *,
+        reasoning_name: str = "the reasoning parser",
+        tools_name: str = "the tool parser",
+    ) -> None:
         self._reasoning = reasoning
         self._tools = tools
+        self._reasoning_name, self._tools_name = reasoning_name, tools_name
         self.failure: str | None = None
 
     def push(self, text: str) -> list[Event]:
@@ -319,7 +331,7 @@ class OutputParser:
             try:
                 thought: list[Event] = list(self._reasoning.push(text))
             except Exception as error:
-                self._fail("reasoning parser", self._reasoning, error)
+                self._fail(self._reasoning, error)
                 thought = [Text(text)]
             events = self._split(thought)
         return merged(events)
@@ -331,14 +343,14 @@ class OutputParser:
             try:
                 thought: list[Event] = list(self._reasoning.close())
             except Exception as error:
-                self._fail("reasoning parser", self._reasoning, error)
+                self._fail(self._reasoning, error)
                 thought = []
             events += self._split(thought)
         if self._tools is not None:
             try:
                 events += list(self._tools.close())
             except Exception as error:
-                self._fail("tool parser", self._tools, error)
+                self._fail(self._tools, error)
         return merged(events)
 
     def _split(self, events: Iterable[Event]) -> list[Event]:
@@ -353,12 +365,13 @@ class OutputParser:
         try:
             return list(self._tools.push(text))
         except Exception as error:
-            self._fail("tool parser", self._tools, error)
+            self._fail(self._tools, error)
             return [Text(text)]
 
-    def _fail(self, what: str, parser: object, error: Exception) -> None:
-        kind = type(parser)
-        self.failure = f"the {what} {kind.__module__}.{kind.__qualname__} failed: {type(error).__name__}: {error}"
+    def _fail(self, parser: object, error: Exception) -> None:
+        name = self._tools_name if parser is self._tools else self._reasoning_name
+        self.failure = f"{name} failed: {describe(error)}"
+        log.error("%s", self.failure, exc_info=error)
         if parser is self._tools:
             self._tools = None
         else:

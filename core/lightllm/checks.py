@@ -5,13 +5,15 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
 import msgspec
 
 from lightllm import interfaces
+from lightllm.grammar import GrammarError
 from lightllm.interfaces import Record
 
 RECORDS: Mapping[str, tuple[type[Record], type]] = MappingProxyType(
@@ -25,6 +27,7 @@ RECORDS: Mapping[str, tuple[type[Record], type]] = MappingProxyType(
         "weight_formats": (interfaces.WeightFormatRecord, interfaces.WeightFormat),
         "linear_methods": (interfaces.LinearMethodRecord, interfaces.LinearMethod),
         "grammar_backends": (interfaces.GrammarBackendRecord, interfaces.GrammarBackend),
+        "executors": (interfaces.ExecutorRecord, interfaces.Executor),
     }
 )
 """Kind of record -> its type, and the contract of its target. The hook that lists a kind is ``lightllm_<kind>``."""
@@ -35,6 +38,17 @@ Fault = (Exception, SystemExit)
 
 class Wrong(Exception):
     """What is wrong with a plugin, said in full: shown without an exception's name."""
+
+
+@contextmanager
+def blamed(who: str) -> Iterator[None]:
+    """What a plugin's code raises within becomes a `Wrong` that names it. What speaks for itself passes."""
+    try:
+        yield
+    except (Wrong, interfaces.UserError, GrammarError):
+        raise
+    except Fault as error:
+        raise Wrong(f"{who} failed: {describe(error)}") from error
 
 
 def import_target(target: str) -> Any:
@@ -68,6 +82,10 @@ def check_records(records: list[Record]) -> None:
                 raise Wrong(f"{what}: {error}") from None
             if spec.name in ("target", "checkpoint") and not all(value.partition(":")[::2]):
                 raise Wrong(f"{what}, not module:attr")
+            if spec.name == "adapters":
+                for key, target in value.items():
+                    if not all(key.partition("/")[::2]) or not all(target.partition(":")[::2]):
+                        raise Wrong(f"{what}, not format/name to module:attr")
         if "/" in record.name or record.name.split() != [record.name]:
             raise Wrong(f"a record is called {record.name!r}: names hold no slash and no space")
         if record.name in seen:
@@ -75,14 +93,38 @@ def check_records(records: list[Record]) -> None:
         seen.add(record.name)
 
 
-def check_target(target: str, contract: type) -> None:
+def check_target(target: str, contract: type | None = None) -> None:
+    """Import it, and hold its members and what they can be called with against the contract."""
     try:
         found = import_target(target)
     except Fault as error:
         raise Wrong(f"{target} cannot be imported: {describe(error)}") from error
+    if contract is None:
+        return
     missing = [name for name in contract_members(contract) if not hasattr(found, name)]
     if missing:
         raise Wrong(f"{target} is no {contract.__name__}: it lacks {', '.join(missing)}")
+    for name, method in vars(contract).items():
+        if inspect.isfunction(method) and (name == "__init__" or name[0] != "_"):
+            _check_call(found if name == "__init__" else getattr(found, name), method, f"{target}: {name}")
+
+
+def _check_call(found: Any, method: Callable[..., Any], what: str) -> None:
+    """``found`` can be called as the contract's method is."""
+    wanted = list(inspect.signature(method).parameters.values())
+    if inspect.isclass(found):  # called without self
+        wanted = wanted[1:]
+    positional = [p.name for p in wanted if p.kind is p.POSITIONAL_OR_KEYWORD]
+    named = {p.name: None for p in wanted if p.kind is p.KEYWORD_ONLY}
+    try:
+        signature = inspect.signature(found)
+    except (ValueError, TypeError):  # not written in Python
+        return
+    try:
+        signature.bind(*positional, **named)
+    except TypeError as error:
+        shown = ", ".join([*positional, *named])
+        raise Wrong(f"{what}{signature} cannot be called with ({shown}): {error}") from None
 
 
 def contract_members(contract: type) -> list[str]:
@@ -90,6 +132,18 @@ def contract_members(contract: type) -> list[str]:
     variables = [name for name, hint in inspect.get_annotations(contract).items() if str(hint).startswith("ClassVar")]
     methods = [name for name, value in vars(contract).items() if inspect.isfunction(value) and name[0] != "_"]
     return variables + methods
+
+
+def culprit(error: BaseException, parts: Mapping[type, str]) -> str | None:
+    """Whose code raised it: of these parts' methods the innermost in its traceback. ``parts``: class -> name.
+
+    So that nothing need be wrapped around what runs in every layer of every step.
+    """
+    found, trace = None, error.__traceback__
+    while trace is not None:
+        found = parts.get(type(trace.tb_frame.f_locals.get("self")), found)
+        trace = trace.tb_next
+    return found
 
 
 def describe(error: BaseException) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
 
 import msgspec
 
+from lightllm.checks import Wrong
 from lightllm.config import UsageError, read_config, read_plugin_choice
 from lightllm.interfaces import UserError
 from lightllm.plugins import PluginReport, Plugins, Recipe
@@ -31,7 +33,8 @@ def main(argv: Sequence[str] | None = None, *, lightllm_names: bool = False) -> 
         if arguments[:1] == ["plugins"]:
             return _list_plugins(arguments[1:])
         return _serve(arguments, lightllm_names)
-    except UserError as error:
+    except (UserError, Wrong) as error:
+        logging.getLogger("lightllm").debug("%s", error, exc_info=True)
         sys.stderr.write(f"lightllm-serve: error: {' '.join(str(error).split())}\n")
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
@@ -39,8 +42,7 @@ def main(argv: Sequence[str] | None = None, *, lightllm_names: bool = False) -> 
 
 
 def _serve(argv: Sequence[str], lightllm_names: bool) -> int:
-    blocked, strict = read_plugin_choice(argv, os.environ)
-    plugins = Plugins.discover(Recipe(blocked=blocked, strict=strict))
+    plugins = Plugins.discover(Recipe(**read_plugin_choice(argv, os.environ)._asdict()))
     config = read_config(argv, os.environ, plugins, lightllm_names=lightllm_names)
 
     from lightllm.assemble import serve
@@ -54,14 +56,16 @@ def _list_plugins(argv: list[str]) -> int:
     options = [token for token in argv if token not in ("--json", "--check")]
     if "--help" in options or "-h" in options:
         sys.stdout.write(
-            "usage: lightllm-serve plugins [--json] [--check] [--no-plugin NAME]\n\n"
-            "List the installed plugins and what they provide.\n\n"
-            "  --json   the same as JSON\n"
-            "  --check  import everything they provide, and exit with 1 if anything is broken\n"
+            "usage: lightllm-serve plugins [--json] [--check] [--plugin FILE|MODULE] [--no-plugin NAME]\n"
+            "       lightllm-serve plugins new NAME --kind KIND\n\n"
+            "List the installed plugins and what they provide, or write a new one.\n\n"
+            "  --json    the same as JSON\n"
+            "  --check   import everything they provide, and exit with 1 if anything is broken\n"
+            "  --plugin  one more, that is not installed: a .py file or a module\n"
         )
         return 0
-    blocked, strict = read_plugin_choice(options, os.environ)
-    plugins = Plugins.discover(Recipe(blocked=blocked), quiet=True)
+    choice = read_plugin_choice(options, os.environ)
+    plugins = Plugins.discover(Recipe(blocked=choice.blocked, given=choice.given), quiet=True)
     read_config(options, os.environ, plugins)
     if check:
         plugins.check()
@@ -71,8 +75,8 @@ def _list_plugins(argv: list[str]) -> int:
         sys.stdout.flush()
     else:
         _show(reports)
-    broken = any(report.status == "broken" for report in reports)
-    return 1 if broken and (check or strict) else 0
+    broken = any(report.status in ("broken", "incompatible") for report in reports)
+    return 1 if broken and (check or choice.strict) else 0
 
 
 def _show(reports: Sequence[PluginReport]) -> None:

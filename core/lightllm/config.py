@@ -7,7 +7,7 @@ import importlib.metadata
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn
 
 import msgspec
 import msgspec.inspect
@@ -51,10 +51,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         Meta(description="of weights and KV cache; auto: the checkpoint's on a GPU, float32 on a CPU"),
     ] = "auto"
     device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="auto: cuda where there is one")] = "auto"
-    quantization: Annotated[str | None, Meta(description="linear method to hold the weights in")] = None
+    quantization: Annotated[str, Meta(description="linear method to hold the weights in, or auto")] = "auto"
     tp: Annotated[Positive, Meta(description="tensor-parallel ranks")] = 1
     attention_backend: Annotated[str, Meta(description="attention backend, or auto")] = "auto"
     sampler: Annotated[str, Meta(description="sampler, or auto")] = "auto"
+    executor: Annotated[str, Meta(description="where the model runs, or auto")] = "auto"
     grammar_backend: Annotated[str, Meta(description="compiler of grammars for structured output, or auto")] = "auto"
 
     max_model_len: Annotated[
@@ -76,6 +77,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     ] = "auto"
     reasoning_parser: Annotated[str | None, Meta(description="how this model marks its reasoning")] = None
 
+    plugin: Annotated[
+        tuple[str, ...],
+        Meta(description="load a plugin that is not installed: a .py file or a module; may be given more than once"),
+    ] = ()
     no_plugin: Annotated[tuple[str, ...], Meta(description="block a plugin; may be given more than once")] = ()
     strict_plugins: Annotated[bool, Meta(description="refuse to start when a plugin is broken")] = False
     log_level: Annotated[
@@ -90,14 +95,26 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
 # Reading it
 
 
+_PLUGIN_CHOICE = ("plugin", "no_plugin", "strict_plugins")
+
+
 class _UnknownOption(UsageError):
     pass
 
 
-def read_plugin_choice(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[tuple[str, ...], bool]:
-    """(blocked plugins, strictness): what must be known before plugins can be loaded and add their options."""
-    given = _Given(_core_options(), argv, environ, sure=False)
-    return given.values.get("no_plugin", ()), given.values.get("strict_plugins", False)
+class PluginChoice(NamedTuple):
+    """What must be known before plugins can be loaded and add their options. ``given``: ``--plugin``'s values, files by
+    their absolute path."""
+
+    blocked: tuple[str, ...]
+    strict: bool
+    given: tuple[str, ...]
+
+
+def read_plugin_choice(argv: Sequence[str], environ: Mapping[str, str]) -> PluginChoice:
+    values = _Given(_core_options(), argv, environ, sure=False).values
+    given = tuple(str(Path(p).absolute()) if "/" in p or p.endswith(".py") else p for p in values.get("plugin", ()))
+    return PluginChoice(values.get("no_plugin", ()), values.get("strict_plugins", False), given)
 
 
 def read_config(
@@ -151,7 +168,7 @@ class _Given:
             self._set(options[name], str(value) if isinstance(value, bool) else value, f"--{name}")
 
     def _set(self, option: Option, text: str | Sequence[str], source: str) -> None:
-        if self.sure or option.key in ("no_plugin", "strict_plugins"):
+        if self.sure or option.key in _PLUGIN_CHOICE:
             self.values[option.key] = option.parse(text, source)
 
     def _typed(self, argv: Sequence[str]) -> dict[str, Any]:
@@ -184,7 +201,7 @@ class _Given:
                 continue
             if option.is_list and isinstance(value, str):
                 value = [value]
-            if self.sure or option.key in ("no_plugin", "strict_plugins"):
+            if self.sure or option.key in _PLUGIN_CHOICE:
                 self.values[option.key] = option.convert(value, f"config file {path}: {key}", strict=True)
 
 
@@ -210,7 +227,8 @@ class _Parser(argparse.ArgumentParser):
 def _parser(options: Mapping[str, Option], *, full: bool) -> argparse.ArgumentParser:
     parser = _Parser(
         prog="lightllm-serve",
-        usage="lightllm-serve [options]\n       lightllm-serve plugins [--json] [--check]",
+        usage="lightllm-serve [options]\n       lightllm-serve plugins [--json] [--check]\n       "
+        "lightllm-serve plugins new NAME --kind KIND",
         description="Serve a language model over OpenAI's API.",
         epilog="Every option may be given with underscores, as an environment variable (LIGHTLLM_PORT), or as a key of "
         f"the config file. LightLLM's names work too: {', '.join('--' + name.replace('-', '_') for name in ALIASES)}.",

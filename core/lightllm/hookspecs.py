@@ -15,6 +15,7 @@ import pluggy
 
 from lightllm.interfaces import (
     AttentionBackendRecord,
+    ExecutorRecord,
     GrammarBackendRecord,
     LinearMethodRecord,
     Listener,
@@ -29,6 +30,14 @@ from lightllm.interfaces import (
 
 if TYPE_CHECKING:
     from lightllm.config import Config, OptionGroup
+
+VERSION = "0.1.0"
+"""Of what plugins see: the hooks, the records and contracts in `interfaces`, `lightllm.nn` and `lightllm.testing`.
+
+While it begins with 0, a new second number may break plugins; from 1 on, only a new first number may. A plugin says
+which it was written for by ``lightllm_requires = ">=0.1,<0.2"`` in its module. What is to go is first deprecated by
+pluggy's ``warn_on_impl`` for one such step.
+"""
 
 hookspec = pluggy.HookspecMarker("lightllm")
 hookimpl = pluggy.HookimplMarker("lightllm")
@@ -80,6 +89,11 @@ def lightllm_linear_methods() -> Sequence[LinearMethodRecord]:  # type: ignore[e
 @hookspec
 def lightllm_grammar_backends() -> Sequence[GrammarBackendRecord]:  # type: ignore[empty-body]
     """Compilers of grammars for structured output (``--grammar-backend``). Asked in both processes."""
+
+
+@hookspec
+def lightllm_executors() -> Sequence[ExecutorRecord]:  # type: ignore[empty-body]
+    """Where models run (``--executor``). Asked in the engine process."""
 
 
 @hookspec

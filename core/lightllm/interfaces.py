@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     import torch
     from tokenizers import Tokenizer as RawTokenizer
 
-    from lightllm.engine.request import SamplingParams
+    from lightllm.engine.request import Ready, SamplingParams
+    from lightllm.engine.scheduler import Plan, Result
     from lightllm.nn.batch import Batch, KVPool
     from lightllm.nn.layers import Linear, Make
 
@@ -81,6 +82,13 @@ class AttentionJob(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
 
 
+class ExecutorJob(msgspec.Struct, frozen=True, kw_only=True):
+    """What an executor is asked to do. ``world_size``: tensor-parallel ranks (``--tp``), ``device``: torch's name."""
+
+    world_size: int
+    device: str
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Records: what hooks return
 
@@ -97,12 +105,17 @@ class ModelRecord(Record, frozen=True, kw_only=True):
     """A model architecture. Target: a `Model`. ``architectures``: the names it serves in config.json's list.
 
     ``adapters`` tells weight formats that do not keep to Hugging Face's terms how they hold this model:
-    ``"format/name"``, the name being the architecture's in that format, to the ``"module:attr"`` of what the format asks
-    for. ``{"gguf/qwen2": "...:Adapter"}``, for one; imported in both processes, so without torch.
+    ``"format/name"`` (what that format calls the architecture) -> the ``"module:attr"`` of what the format asks for,
+    such as ``{"gguf/qwen2": "my_qwen2.gguf:Adapter"}``. Imported in both processes, so without torch.
+
+    ``complete`` gives the checkpoint's info back with what its config leaves to the model: defaults, older spellings, the
+    text model's part of a config of several. The core itself reads ``vocab_size``, ``max_position_embeddings``, the RoPE
+    fields, ``eos_token_id`` and ``dtype``. Raises `UserError` for what is not supported. Called in both processes.
     """
 
     architectures: tuple[str, ...]
     adapters: Mapping[str, str] = {}
+    complete: Callable[[ModelInfo], ModelInfo] | None = None
 
 
 class AttentionBackendRecord(Record, frozen=True, kw_only=True):
@@ -167,10 +180,22 @@ class WeightFormatRecord(Record, frozen=True, kw_only=True):
 class LinearMethodRecord(Record, frozen=True, kw_only=True):
     """Target: a `LinearMethod`: how linear layers hold and multiply their weights (``--quantization NAME``).
 
-    ``matches`` (optional) recognises a checkpoint that is already quantized this way.
+    Under ``--quantization auto`` the highest ``priority`` that ``matches`` is chosen: it answers None when this
+    checkpoint is held this way, else the reason why not. A record without it is never chosen by itself.
     """
 
     matches: Callable[[ModelInfo], str | None] | None = None
+    priority: int = 0
+
+
+class ExecutorRecord(Record, frozen=True, kw_only=True):
+    """Target: an `Executor`. ``supports`` answers None, or why this job cannot be done.
+
+    Under ``--executor auto`` the highest ``priority`` that supports the job is chosen.
+    """
+
+    supports: Callable[[ExecutorJob], str | None] | None = None
+    priority: int = 0
 
 
 class Listener(msgspec.Struct, frozen=True, kw_only=True):
@@ -263,6 +288,33 @@ class LinearMethod(Protocol):
 Adapters = Callable[[str], Any]
 """An architecture's name in a weight format -> the adapter that a model plugin has for it (`ModelRecord.adapters`);
 None where there is none."""
+
+
+class Worker(Protocol):
+    """A model with its weights, its KV pool, attention backend and sampler: what computes a step."""
+
+    ready: Ready
+    """What it can hold."""
+
+    def run(self, plan: Plan) -> list[Result]:
+        """One result for every item of the plan, in its order. May be asked again for a part of a plan that failed."""
+
+
+class Executor(Protocol):
+    """Where the workers are: in the engine's process, in one process a rank, on other machines. Lives as long as the
+    engine."""
+
+    ready: Ready
+    """What all of its workers can hold."""
+
+    def __init__(self, job: ExecutorJob, build: Callable[[], Worker]) -> None:
+        """``build`` makes a worker in the process that calls it, which takes as long as loading the model."""
+
+    def run(self, plan: Plan) -> list[Result]:
+        """As `Worker.run`."""
+
+    def close(self) -> None:
+        """End what was started."""
 
 
 class Checkpoint(Protocol):

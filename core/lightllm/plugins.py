@@ -1,20 +1,20 @@
 """Finding plugins, keeping the broken ones from harming anyone, and answering for what they provide.
 
-The only caller of entry points and of pluggy. pluggy's own entry-point loader stops at the first import that fails and
-drops duplicate names in silence; this one isolates, warns in one line and remembers why.
+The only caller of pluggy. pluggy's own entry-point loader stops at the first import that fails and drops duplicates in
+silence; this one isolates, warns in one line and remembers why.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import importlib_metadata
 import msgspec
 import pluggy
 
@@ -30,49 +30,26 @@ from lightllm.checks import (
     import_target,
     suggestion,
 )
-from lightllm.interfaces import Listener, ModelInfo, Record, UserError
+from lightllm.discovery import GROUP, Incompatible, Plugin, Status, check_requires, given, installed
+from lightllm.interfaces import Listener, ModelInfo, UserError
 
 if TYPE_CHECKING:
     from lightllm.config import Config, OptionGroup
 
 log = logging.getLogger("lightllm.plugins")
 
-GROUP = "lightllm"
-DISTRIBUTION = "lightllm-serve"
-
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True):
-    """Enough to load the same plugins in another process, or on another machine."""
+    """Enough to load the same plugins in another process, or on another machine.
+
+    ``given``: files (absolute) and modules of ``--plugin``. ``loaded``: name and origin of what the first process had
+    in service; the others load these and nothing else, and say so at once when they cannot.
+    """
 
     blocked: tuple[str, ...] = ()
     strict: bool = False
-
-
-@dataclass(eq=False)
-class Plugin:
-    """One entry point: who it is, and how it fares. ``reason``: why it is broken."""
-
-    name: str
-    distribution: str
-    version: str
-    source: Callable[[], object]
-    status: Literal["ok", "broken", "blocked"] = "ok"
-    reason: str = ""
-    module: object = None
-    records: dict[str, list[Record]] = field(default_factory=dict)
-
-    @property
-    def origin(self) -> str:
-        """Distribution and version."""
-        return f"{self.distribution} {self.version}".strip()
-
-    @property
-    def label(self) -> str:
-        return f"{self.name} ({self.origin})"
-
-    @property
-    def builtin(self) -> bool:
-        return self.distribution == DISTRIBUTION
+    given: tuple[str, ...] = ()
+    loaded: dict[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,9 +76,10 @@ class PluginReport(msgspec.Struct, frozen=True, kw_only=True):
     distribution: str
     version: str
     builtin: bool
-    status: Literal["ok", "broken", "blocked"]
+    status: Status
     provides: dict[str, list[str]]
     reason: str
+    warnings: list[str]
 
 
 class Plugins:
@@ -112,7 +90,7 @@ class Plugins:
     """
 
     def __init__(self, plugins: Sequence[Plugin], recipe: Recipe, *, quiet: bool = False) -> None:
-        self.recipe = recipe
+        self._recipe = recipe
         self.plugins = plugins
         self._quiet = quiet
         self._manager = _new_manager()
@@ -121,25 +99,44 @@ class Plugins:
                 self._warn(f"--no-plugin {name}: no plugin of that name is installed")
         taken: dict[str, Plugin] = {}
         for plugin in plugins:
-            if plugin.name in recipe.blocked:
+            wanted = recipe.loaded is None or not plugin.target or recipe.loaded.get(plugin.name) == plugin.origin
+            if plugin.name in recipe.blocked or not wanted:
                 plugin.status = "blocked"
             elif plugin.name in taken:
                 self._break(plugin, f"the name {plugin.name!r} is already taken by {taken[plugin.name].label}")
             else:
                 taken[plugin.name] = plugin
                 self._start(plugin)
+        lacking = dict((recipe.loaded or {}).items() - self.loaded().items())
+        if lacking:
+            raise UserError(
+                f"this process cannot load the server's plugins: {', '.join(f'{n} ({o})' for n, o in lacking.items())} "
+                f"missing; restart the server, or install the same here.{self.broken_note()}"
+            )
 
     @classmethod
     def discover(
         cls, recipe: Recipe | None = None, *, extra: Iterable[tuple[str, object]] = (), quiet: bool = False
     ) -> Plugins:
-        """Load every installed plugin but the blocked ones. Raises UserError when one is broken and strictness is on.
+        """Load every installed plugin but the blocked ones, and what ``--plugin`` names.
 
-        ``extra``: (name, module or object) pairs to load besides, for tests. ``quiet``: log what is broken at debug
-        level only, for processes after the first.
+        Raises UserError when one of the latter is broken, any is and strictness is on, or what is here is not what the
+        recipe's first process had loaded. ``extra``: (name, module or object) pairs to load besides, for tests.
+        ``quiet``: log what is broken at debug level only, for processes after the first and for listing.
         """
-        given = [Plugin(name, "extra", "", lambda module=module: module) for name, module in extra]  # type: ignore[misc]
-        return cls([*_installed(), *given], recipe or Recipe(), quiet=quiet)
+        recipe = recipe or Recipe()
+        found = installed()
+        objects = [Plugin(name, "extra", "", lambda module=module: module) for name, module in extra]  # type: ignore[misc]
+        return cls([*found, *given(recipe.given, found), *objects], recipe, quiet=quiet)
+
+    @property
+    def recipe(self) -> Recipe:
+        """What another process needs to load the same."""
+        return msgspec.structs.replace(self._recipe, loaded=self.loaded())
+
+    def loaded(self) -> dict[str, str]:
+        """Name and origin of the plugins in service. Objects given for tests cannot be another process's."""
+        return {plugin.name: plugin.origin for plugin in self._active() if plugin.target}
 
     # --- records
 
@@ -204,14 +201,15 @@ class Plugins:
         hook = "lightllm_listeners"
         return [(p, item) for p in self._active() for item in self._ask(p, hook, Listener, listed=True, config=config)]
 
-    def routes(self, config: Config) -> list[Any]:
+    def routes(self, config: Config) -> list[tuple[Plugin, list[Any]]]:
         hook = "lightllm_routes"
-        return [item for p in self._active() for item in self._ask(p, hook, object, listed=True, config=config)]
+        answers = [(p, self._ask(p, hook, object, listed=True, config=config)) for p in self._active()]
+        return [(plugin, routes) for plugin, routes in answers if routes]
 
-    def lifespans(self, config: Config) -> list[AbstractAsyncContextManager[None]]:
+    def lifespans(self, config: Config) -> list[tuple[Plugin, AbstractAsyncContextManager[None]]]:
         """Contexts to enter in this order, and to leave in the reverse."""
         hook = "lightllm_lifespan"
-        return [c for p in self._active() for c in self._ask(p, hook, AbstractAsyncContextManager, config=config)]
+        return [(p, c) for p in self._active() for c in self._ask(p, hook, AbstractAsyncContextManager, config=config)]
 
     # --- the state of things
 
@@ -224,6 +222,9 @@ class Plugins:
                         check_target(record.target, RECORDS[kind][1])
                         if isinstance(record, interfaces.WeightFormatRecord):
                             check_target(record.checkpoint, interfaces.Checkpoint)
+                        if isinstance(record, interfaces.ModelRecord):
+                            for target in record.adapters.values():
+                                check_target(target)
             except Fault as error:
                 self._break(plugin, describe(error))
 
@@ -237,41 +238,47 @@ class Plugins:
                 status=plugin.status,
                 provides=self._provides(plugin),
                 reason=plugin.reason,
+                warnings=plugin.warnings,
             )
             for plugin in self.plugins
         ]
 
     def broken_note(self) -> str:
         """What is broken, as an end to an error message: it may be why something is missing."""
-        broken = [plugin for plugin in self.plugins if plugin.status == "broken"]
-        return "".join(f" Plugin {plugin.label} is broken: {plugin.reason.rstrip('.')}." for plugin in broken)
+        broken = [plugin for plugin in self.plugins if plugin.status in ("broken", "incompatible")]
+        return "".join(f" Plugin {p.label} is {p.status}: {p.reason.rstrip('.')}." for p in broken)
 
     # --- loading
 
     def _start(self, plugin: Plugin) -> None:
         try:
             module = plugin.source()
-            _verify(module)
-            self._manager.register(module, plugin.name)
+            check_requires(module)
+            plugin.warnings = _verify(module)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # they are in the report
+                self._manager.register(module, plugin.name)
         except Fault as error:
             log.debug("loading plugin %s", plugin.name, exc_info=True)
-            self._break(plugin, describe(error))
+            self._break(plugin, describe(error), "incompatible" if isinstance(error, Incompatible) else "broken")
             return
+        for warning in plugin.warnings:
+            self._warn(f"plugin {plugin.label}: {warning}")
         plugin.module = module
         for kind, (record_type, _) in RECORDS.items():
             if plugin.status == "ok":
                 hook = f"lightllm_{kind}"
                 plugin.records[kind] = self._ask(plugin, hook, record_type, listed=True, check=check_records)
 
-    def _break(self, plugin: Plugin, reason: str) -> None:
-        """Take a plugin out of service, with all it provides, and say so; fatal when strict."""
-        plugin.status, plugin.reason = "broken", reason
+    def _break(self, plugin: Plugin, reason: str, status: Status = "broken") -> None:
+        """Take a plugin out of service, with all it provides, and say so; fatal when strict, or when asked for."""
+        plugin.status, plugin.reason = status, reason
         if plugin.module is not None:
             self._manager.unregister(name=plugin.name)
             plugin.module = None
-        if self.recipe.strict:
-            raise UserError(f"plugin {plugin.label} is broken: {reason}")
-        self._warn(f"plugin {plugin.label} is broken and left out: {reason}")
+        if self._recipe.strict or (plugin.asked_for and not self._quiet):
+            raise UserError(f"plugin {plugin.label} is {status}: {reason}")
+        self._warn(f"plugin {plugin.label} is {status} and left out: {reason}")
 
     def _warn(self, message: str) -> None:
         log.log(logging.DEBUG if self._quiet else logging.WARNING, "%s", message)
@@ -328,58 +335,27 @@ class Plugins:
             yield from self._ask(plugin, hook, answer_type, **arguments)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Discovery
-
-
 def _new_manager() -> pluggy.PluginManager:
     manager = pluggy.PluginManager(GROUP)
     manager.add_hookspecs(hookspecs)
     return manager
 
 
-def _installed() -> list[Plugin]:
-    """Built-ins first, then by distribution and name: the same order everywhere, however sys.path lies."""
-    found: dict[tuple[str, str, str], Plugin] = {}
-    for point in importlib_metadata.entry_points(group=GROUP):
-        dist = point.dist
-        name, version = ("?", "") if dist is None else (dist.name, dist.version or "")
-        plugin = Plugin(point.name, name, version, lambda point=point: _import_point(point))  # type: ignore[misc]
-        # One distribution may be seen twice on sys.path.
-        found.setdefault((name, point.name, point.value), plugin)
-    return sorted(found.values(), key=lambda p: (not p.builtin, p.distribution.lower(), p.name))
-
-
-def _import_point(point: importlib_metadata.EntryPoint) -> object:
-    for requirement in (point.dist.requires or ()) if point.dist is not None else ():
-        if requirement.lower().startswith("lightllm"):
-            _check_requirement(requirement)
-    return point.load()
-
-
-def _check_requirement(text: str) -> None:
-    """pip lets people install a plugin beside a version it was not made for; it then fails far from the cause."""
-    from packaging.requirements import Requirement
-    from packaging.utils import canonicalize_name
-
-    requirement = Requirement(text)
-    own = importlib_metadata.version(DISTRIBUTION)
-    applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-    ours = canonicalize_name(requirement.name) == DISTRIBUTION and applies
-    if ours and not requirement.specifier.contains(own, prereleases=True):
-        raise Wrong(f"it needs {DISTRIBUTION}{requirement.specifier}, and this is {own}")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What can be wrong
 
 
-def _verify(module: object) -> None:
-    """Find what pluggy would accept in silence, or say in an unclear way. Raises `Wrong`."""
+def _verify(module: object) -> list[str]:
+    """Find what pluggy would accept in silence, or say in an unclear way. Raises `Wrong`.
+
+    What is deprecated (pluggy's ``warn_on_impl``) comes back.
+    """
     trial = _new_manager()
     known = [name for name in dir(trial.hook) if name.startswith("lightllm_")]
     try:
-        trial.register(module, "trial")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trial.register(module, "trial")
     except pluggy.PluginValidationError as error:
         raise Wrong(str(error).removeprefix("Plugin 'trial' for hook ")) from None
     callers = trial.get_hookcallers(module) or []
@@ -395,3 +371,4 @@ def _verify(module: object) -> None:
             raise Wrong(f"{name} lacks the @hookimpl decorator")
     if not callers:
         raise Wrong("it answers no hook")
+    return list(dict.fromkeys(str(warning.message) for warning in caught))

@@ -240,10 +240,10 @@ def moody(folder: Path) -> Engine:
 @pytest.mark.parametrize(
     ("way", "finish", "message"),
     [
-        ("compile", "error", "the grammar backend failed: KeyError: 'no such thing'"),
+        ("compile", "error", "the grammar backend moody/moody (extra) failed: KeyError: 'no such thing'"),
         ("refuse", "error", "I will not"),
         ("accept", "refused", "no token is left"),
-        ("fill", "error", "the grammar backend failed: "),
+        ("fill", "error", "the grammar backend moody/moody (extra) failed: "),
     ],
 )
 def test_a_failing_backend_fails_the_requests_that_need_it(moody: Engine, way: str, finish: str, message: str) -> None:
@@ -269,5 +269,5 @@ def test_without_a_backend_only_requests_with_a_grammar_fail(folder: Path) -> No
     plugins = Plugins.discover(Recipe(blocked=("grammar",)))
     engine = build_engine(Config(max_total_tokens=500, device="cpu"), plugins, folder)
     done = engine.generate(request("a", Fixed("x")), request("b", None, max_tokens=3, ignore_eos=True))
-    assert "no plugin provides grammar backends" in (done["a", 0].error or "")
+    assert "no grammar backend can serve this model: none is installed" in (done["a", 0].error or "")
     assert len(done["b", 0].tokens) == 3

@@ -128,7 +128,7 @@ def test_a_client_that_goes_away_leaves_no_answer_for_the_next():
 def test_without_a_backend_it_says_so():
     async def work(checker):
         for _ in range(2):
-            assert "no plugin provides grammar backends" in await verdict(checker, g.Regex("a+"))
+            assert "no grammar backend can serve this model: none is installed" in await verdict(checker, g.Regex("a+"))
 
     with_checker(work, blocked=("grammar",))
 

@@ -379,12 +379,12 @@ def test_a_parser_that_raises_fails_only_its_request(kit, text, why):
     def messages(content):
         return [{"role": "user", "content": content}]
 
-    with kit.running(kit.FakeEngine(script), reasoning_parser=Fragile) as server:
+    with kit.running(kit.FakeEngine(script), reasoning_parser=Fragile, reasoning_parser_name="the parser of Fragile") as server:
         server.engine.delay = 0.01
         with server.chat("good", stream=True) as good:
             assert why in error_of(server.post(messages=messages("bad")), 500, type="server_error")
             *parts, last = server.events(messages=messages("bad"))
-            assert "Fragile" in message_of(json.loads(last), type="server_error")
+            assert "the parser of Fragile" in message_of(json.loads(last), type="server_error")
             assert "B" in [json.loads(part)["choices"][0]["delta"].get("content") for part in parts]
             assert "".join(chunk.choices[0].delta.content or "" for chunk in good) == "BCDEFGH"
         error_of(server.post(messages=messages("refuse")), 500, type="server_error")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 
+from lightllm.checks import Wrong, culprit, describe
 from lightllm.engine.grammars import Grammars
 from lightllm.engine.request import Abort, Generate, Output, Ready, Step, joined
-from lightllm.engine.runner import Runner
-from lightllm.engine.scheduler import Scheduler
+from lightllm.engine.scheduler import Plan, Result, Scheduler
 from lightllm.grammar import GrammarError
-from lightllm.interfaces import GrammarMatcher, UserError
+from lightllm.interfaces import Executor, GrammarMatcher, UserError
 
 log = logging.getLogger("lightllm.engine")
 
@@ -22,10 +22,10 @@ IDLE = 0.01
 class Engine:
     """Continuous batching over one model. A request with a grammar joins when that is compiled, beside the steps."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, grammars: Grammars, ready: Ready) -> None:
+    def __init__(self, scheduler: Scheduler, executor: Executor, grammars: Grammars, executor_name: str) -> None:
         self.scheduler = scheduler
-        self.runner = runner
-        self.ready = ready
+        self.executor = executor
+        self._names = {type(executor): executor_name}
         self._grammars = grammars
         self._compiling: dict[str, tuple[Generate, Future[list[GrammarMatcher]]]] = {}
         self._pending: list[Output] = []
@@ -45,8 +45,15 @@ class Engine:
         self.scheduler.abort(request.id, request.index)
 
     @property
+    def ready(self) -> Ready:
+        return self.executor.ready
+
+    @property
     def busy(self) -> bool:
         return bool(self._pending or self._compiling) or self.scheduler.busy
+
+    def close(self) -> None:
+        self.executor.close()
 
     def warm(self) -> None:
         """Make the grammar backend, which stops everything for a moment when it must be made amid requests."""
@@ -60,15 +67,19 @@ class Engine:
         plan = self.scheduler.schedule()
         outputs += plan.outputs
         if plan.items:
-            try:
-                results = self.runner.run(plan)
-            except Exception as error:
-                # The engine outlives a failing step: its requests are told, all others go on.
-                log.exception("a step of %d sequences failed", len(plan.items))
-                outputs += self._fail(plan.request_ids(), f"{type(error).__name__}: {error}")
-            else:
-                outputs += self.scheduler.update(plan, results)
+            outputs += self.scheduler.update(plan, self._run(plan))
         return Step(outputs=outputs, stats=self.scheduler.stats())
+
+    def _run(self, plan: Plan) -> list[Result]:
+        """A step that fails is done again sequence by sequence: only those whose fault it is get an error."""
+        try:
+            return self.executor.run(plan)
+        except Exception as error:
+            log.exception("a step of %d sequences failed", len(plan.items))
+            if len(plan.items) == 1:
+                name = None if isinstance(error, Wrong) else culprit(error, self._names)
+                return [Result(error=f"{name} failed: {describe(error)}" if name else describe(error))]
+        return [result for item in plan.items for result in self._run(Plan(items=[item]))]
 
     def _join(self) -> None:
         """Give the scheduler the requests whose grammar is compiled."""
@@ -80,15 +91,8 @@ class Engine:
                 self._pending += self.scheduler.add(request, future.result())
             except BaseException as error:  # a plugin's, too; a panic in Rust is no Exception
                 known = isinstance(error, (GrammarError, UserError))
-                reason = str(error) if known else f"the grammar backend failed: {type(error).__name__}: {error}"
+                reason = str(error) if known else f"{self._grammars.name} failed: {describe(error)}"
                 self._pending += [Output(request.id, i, [], finish="error", error=reason) for i in range(request.n)]
-
-    def _fail(self, ids: set[str], message: str) -> list[Output]:
-        outputs = []
-        for request in sorted(ids):
-            for index in self.scheduler.abort(request):
-                outputs.append(Output(request, index, [], finish="error", error=message))
-        return outputs
 
     def generate(self, *requests: Generate) -> dict[tuple[str, int], Output]:
         """Run requests to their end, in this process: for tests and scripts. (id, choice) -> its outputs as one."""

@@ -15,9 +15,10 @@ STACK_BYTES = 256 << 20
 
 
 class Grammars:
-    """A grammar backend, made when it is first needed."""
+    """A grammar backend, made when it is first needed. ``make`` gives it and whom to blame for what it raises."""
 
-    def __init__(self, make: Callable[[], GrammarBackend], threads: int = 2) -> None:
+    def __init__(self, make: Callable[[], tuple[GrammarBackend, str]], threads: int = 2) -> None:
+        self.name = "the grammar backend"
         self._make = make
         self._backend: GrammarBackend | None = None
         self._making = threading.Lock()
@@ -27,7 +28,7 @@ class Grammars:
     def backend(self) -> GrammarBackend:
         with self._making:
             if self._backend is None:
-                self._backend = self._make()
+                self._backend, self.name = self._make()
             return self._backend
 
     def warm(self) -> None:

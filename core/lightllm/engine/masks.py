@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightllm.checks import describe
 from lightllm.engine.grammars import Grammars
 from lightllm.engine.scheduler import Result, Seq
 from lightllm.interfaces import GrammarMatcher
@@ -51,7 +52,7 @@ class Masks:
             masks = started.result()
         except BaseException as error:  # a panic in Rust is no Exception
             for h in held:
-                h.result.error = f"the grammar backend failed: {type(error).__name__}: {error}"
+                h.result.error = f"{self._grammars.name} failed: {describe(error)}"
             return
         entries = masks.to(self._device).view(torch.uint8).int()
         bias = F.embedding(entries, self._bias).view(len(held), -1)[:, : logits.shape[1]]
@@ -70,19 +71,24 @@ class Masks:
     def follow(self, held: Sequence[Held]) -> None:
         """Go on by the tokens that were chosen. Sequences that cannot are marked in their results."""
         for h in held:
-            result = h.result
-            assert result.token is not None
-            if result.error is not None or result.refusal is not None:
-                continue
-            if result.ended:
-                result.token = None
-            elif h.matcher.accept(result.token):
-                if h.seq.params.logprobs is None:  # these will have none
-                    result.forced = self._forced(h)
-                result.refusal = h.matcher.error() or None
-                result.ended = h.matcher.finished()
-            else:
-                result.refusal = h.matcher.error() or "no token is left that the grammar and the request both allow"
+            if h.result.error is None and h.result.refusal is None:
+                try:
+                    self._follow(h)
+                except BaseException as error:  # a panic in Rust is no Exception
+                    h.result.error = f"{self._grammars.name} failed: {describe(error)}"
+
+    def _follow(self, h: Held) -> None:
+        result = h.result
+        assert result.token is not None
+        if result.ended:
+            result.token = None
+        elif h.matcher.accept(result.token):
+            if h.seq.params.logprobs is None:  # these will have none
+                result.forced = self._forced(h)
+            result.refusal = h.matcher.error() or None
+            result.ended = h.matcher.finished()
+        else:
+            result.refusal = h.matcher.error() or "no token is left that the grammar and the request both allow"
 
     def _forced(self, h: Held) -> list[int]:
         """Tokens that need no model to be chosen."""

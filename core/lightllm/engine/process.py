@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import zmq
 
+from lightllm.checks import describe
 from lightllm.engine.request import Abort, Command, Fatal, Generate, Loading, Report
 from lightllm.interfaces import UserError
 
@@ -64,7 +65,7 @@ def run(directory: Path, build: Callable[[Callable[[Loading], None]], Engine]) -
         user = isinstance(error, UserError)
         if not user:
             log.exception("the engine could not be built")
-        report(Fatal(message=str(error) if user else f"the engine: {type(error).__name__}: {error}", user=user))
+        report(Fatal(message=str(error) if user else f"the engine could not be built: {describe(error)}", user=user))
         reports.close(linger=5000)
         return 1
     # What start-up left behind lives as long as the process; no collection need look at it again.
@@ -72,6 +73,7 @@ def run(directory: Path, build: Callable[[Callable[[Loading], None]], Engine]) -
     gc.freeze()
     report(engine.ready)
     _serve(engine, commands, report)
+    engine.close()
     reports.close(linger=0)
     return 0
 

@@ -5,44 +5,63 @@ The only part of the engine that touches tensors. Knows no queue and no request,
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightllm.checks import Wrong, culprit, describe
 from lightllm.engine.masks import Held, Masks
-from lightllm.engine.request import Logprobs
+from lightllm.engine.request import Logprobs, Ready
 from lightllm.engine.scheduler import Plan, Result, Seq
 from lightllm.interfaces import AttentionBackend, LogitsProcessor, Sampler
 from lightllm.nn.batch import Batch
+
+log = logging.getLogger("lightllm.engine")
 
 LOGIT_ROWS = 256
 """Prompt log-probabilities are computed this many positions at a time: a whole vocabulary wide, they are large."""
 
 
 class Runner:
-    """``processors``: claimed request field -> the logits processor that claims it."""
+    """The `lightllm.Worker` of this process. ``processors``: claimed request field -> the logits processor that claims
+    it. ``names``: class of a plugin's part -> whom to blame for what it raises."""
 
     def __init__(
         self,
+        ready: Ready,
         model: Any,
         attention: AttentionBackend,
         sampler: Sampler,
         processors: Mapping[str, LogitsProcessor],
         masks: Masks,
         device: torch.device,
+        names: Mapping[type, str],
     ) -> None:
+        self.ready = ready
         self.model = model
         self.attention = attention
         self.sampler = sampler
         self.processors = processors
         self.masks = masks
         self.device = device
+        self._names = names
+
+    def run(self, plan: Plan) -> list[Result]:
+        """One forward pass over the plan. One result per item, in the plan's order. Raises `Wrong`, with the plugin's
+        name, for what a plugin raises; the plan can then be tried again."""
+        try:
+            return self._run(plan)
+        except Exception as error:
+            name = culprit(error, self._names)
+            if name is None:
+                raise
+            raise Wrong(f"{name} failed: {describe(error)}") from error
 
     @torch.inference_mode()
-    def run(self, plan: Plan) -> list[Result]:
-        """One forward pass over the plan. One result per item, in the plan's order."""
+    def _run(self, plan: Plan) -> list[Result]:
         results = [Result() for _ in plan.items]
         sampled = [i for i, item in enumerate(plan.items) if item.samples]
         rows = [plan.items[i].seq for i in sampled]
@@ -73,7 +92,7 @@ class Runner:
         if sampled:
             logits = self._logits(hidden[last[sampled].to(self.device)])
             logprobs = self._logprobs(logits, rows)
-            self._process(logits, rows)
+            self._process(logits, rows, [results[i] for i in sampled])
             if masks is not None:
                 self.masks.apply(masks, logits, held)
             chosen = self.sampler.sample(logits, rows)
@@ -111,7 +130,7 @@ class Runner:
             entries += _entries(values, part, seq.params.prompt_logprobs or 0)
         return entries
 
-    def _process(self, logits: Tensor, rows: Sequence[Seq]) -> None:
+    def _process(self, logits: Tensor, rows: Sequence[Seq], results: Sequence[Result]) -> None:
         """Let each logits processor change the rows that set one of its fields."""
         if not self.processors:
             return
@@ -120,9 +139,20 @@ class Runner:
             for processor in {id(p): p for f, p in self.processors.items() if f in row.params.extra}.values():
                 claims.setdefault(id(processor), (processor, []))[1].append(i)
         for processor, indices in claims.values():
-            part = logits[indices]
-            processor.apply(part, [rows[i] for i in indices])
-            logits[indices] = part
+            try:
+                self._apply(processor, logits, rows, indices)
+            except Exception:  # one row's fault is not to be another's
+                for i in indices:
+                    try:
+                        self._apply(processor, logits, rows, [i])
+                    except Exception as error:
+                        log.exception("a logits processor failed")
+                        results[i].error = f"{self._names[type(processor)]} failed: {describe(error)}"
+
+    def _apply(self, processor: LogitsProcessor, logits: Tensor, rows: Sequence[Seq], indices: list[int]) -> None:
+        part = logits[indices]
+        processor.apply(part, [rows[i] for i in indices])
+        logits[indices] = part
 
 
 def _entries(values: Tensor, tokens: Sequence[int], top: int) -> list[Logprobs]:

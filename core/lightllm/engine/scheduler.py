@@ -87,9 +87,6 @@ class Plan:
     items: list[Item] = field(default_factory=list)
     outputs: list[Output] = field(default_factory=list)
 
-    def request_ids(self) -> set[str]:
-        return {item.seq.id for item in self.items}
-
 
 @dataclass
 class Result:
@@ -209,6 +206,9 @@ class Scheduler:
             seq = item.seq
             if seq.done:
                 continue  # aborted while it ran
+            if result.error is not None:
+                outputs.append(self._output(seq, [], "error", error=result.error))
+                continue
             seq.computed = item.start + item.count
             if item.prompt_logprobs:
                 seq.prompt_logprobs = [*(seq.prompt_logprobs or ()), *(result.prompt_logprobs or ())]
@@ -304,8 +304,6 @@ class Scheduler:
     def _accept(self, seq: Seq, result: Result) -> Output:
         """A sampled token: append it, or end with it."""
         token = result.token
-        if result.error is not None:
-            return self._output(seq, [], "error", error=result.error)
         if result.refusal is not None:
             return self._output(seq, [], "refused", error=result.refusal)
         if not seq.params.max_tokens:  # only the prompt's log-probabilities were wanted

@@ -19,6 +19,7 @@ from litestar.exceptions import HTTPException
 from litestar.types import Receive, Scope, Send
 
 from lightllm.chat import OutputParser
+from lightllm.checks import Wrong
 from lightllm.engine.client import EngineUnavailable, Generation
 from lightllm.engine.request import Logprobs, Output, SamplingParams, joined
 from lightllm.interfaces import Event, Text
@@ -402,7 +403,7 @@ def api_error(error: Exception) -> ApiError:
         messages = {404: "There is no such path here.", 413: "The body is too large."}
         message = messages.get(error.status_code, error.detail or "The request cannot be handled.")
         return ApiError(message, status=error.status_code, headers=error.headers)
-    return internal_error(error, "internal error")
+    return internal_error(error, str(error) if isinstance(error, Wrong) else "internal error")
 
 
 def internal_error(cause: str | Exception, message: str) -> ApiError:

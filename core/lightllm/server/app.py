@@ -13,6 +13,7 @@ from litestar.types import ASGIApp
 
 from lightllm.server import completions, openai
 from lightllm.server.answer import JsonAnswer, api_error
+from lightllm.server.plugin_parts import refuse_collisions
 from lightllm.server.protocol import (
     ApiError,
     DetokenizeRequest,
@@ -36,9 +37,11 @@ OPEN = {"open": True}
 
 
 def create_app(state: ServerState) -> Litestar:
-    """Serves the API and the plugins' routes, inside the plugins' lifespans."""
+    """Serves the API and the plugins' routes, inside the plugins' lifespans. Raises UserError where routes collide."""
+    api = _api(state)
+    refuse_collisions(api, state.routes)
     return Litestar(
-        route_handlers=[*_api(state), *state.routes],
+        route_handlers=[*api, *state.routes],
         guards=[_key_guard(state.config.api_key)] if state.config.api_key else [],
         lifespan=list(state.lifespans),
         exception_handlers={Exception: _on_error},

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from lightllm.chat import ChatError, OutputParser, merged
+from lightllm.checks import blamed
 from lightllm.engine.request import Logprobs
 from lightllm.interfaces import CallArguments, CallIds, CallStart, Event, Reasoning, Text, ToolParser
 from lightllm.server.answer import Answer, Job, Piece, Run
@@ -62,10 +63,12 @@ async def chat_completion(state: ServerState, body: bytes) -> Answer:
     asked = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
     max_tokens = budget(len(tokens), asked, ready.max_model_len, "messages")
     n = request.n or 1
-    tool_parsers = [
-        state.tool_parser(tools.callable) if state.tool_parser and tools.callable else None for _ in range(n)
-    ]
-    reasoning_parsers = [state.reasoning_parser(prompt) if state.reasoning_parser else None for _ in range(n)]
+    with blamed(state.tool_parser_name):
+        tool_parsers = [
+            state.tool_parser(tools.callable) if state.tool_parser and tools.callable else None for _ in range(n)
+        ]
+    with blamed(state.reasoning_parser_name):
+        reasoning_parsers = [state.reasoning_parser(prompt) if state.reasoning_parser else None for _ in range(n)]
     grammar = await chat_grammar(state, wish, tools, tool_parsers[0], reasoning_parsers[0])
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     params = sampling_params(
@@ -94,9 +97,12 @@ async def chat_completion(state: ServerState, body: bytes) -> Answer:
             # formats are marked with special tokens, [TOOL_CALLS] for one
             default=tool_parsers[0] is None and reasoning_parsers[0] is None,
         ),
-        parsers=[OutputParser(*pair) for pair in zip(reasoning_parsers, tool_parsers, strict=True)],
+        parsers=[
+            OutputParser(*pair, reasoning_name=state.reasoning_parser_name, tools_name=state.tool_parser_name)
+            for pair in zip(reasoning_parsers, tool_parsers, strict=True)
+        ],
     )
-    return Answer(state, job, ChatShape(state, job, request, tools, _call_id_maker(tool_parsers[0])))
+    return Answer(state, job, ChatShape(state, job, request, tools, _call_id_maker(state, tool_parsers[0])))
 
 
 def _chosen(value: bool | None, *, default: bool) -> bool:
@@ -256,8 +262,15 @@ class ChatShape:
         )
 
 
-def _call_id_maker(parser: ToolParser | None) -> Callable[[], str]:
-    return parser.call_id if isinstance(parser, CallIds) else lambda: f"call_{uuid.uuid4().hex[:24]}"
+def _call_id_maker(state: ServerState, parser: ToolParser | None) -> Callable[[], str]:
+    if not isinstance(parser, CallIds):
+        return lambda: f"call_{uuid.uuid4().hex[:24]}"
+
+    def call_id() -> str:
+        with blamed(state.tool_parser_name):
+            return parser.call_id()
+
+    return call_id
 
 
 def finite(logprob: float) -> float:

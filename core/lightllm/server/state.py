@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lightllm.chat import ChatTemplate
+from lightllm.checks import describe
 from lightllm.config import Config
 from lightllm.engine.client import EngineUnavailable
 from lightllm.engine.request import Ready
@@ -53,6 +54,8 @@ class ServerState:
     chat_template: ChatTemplate | None = None
     tool_parser: Callable[[Sequence[Mapping[str, Any]]], ToolParser] | None = None
     reasoning_parser: Callable[[str], ReasoningParser] | None = None
+    tool_parser_name: str = "the tool parser"
+    reasoning_parser_name: str = "the reasoning parser"
     claims: Mapping[str, Validator | None] = field(default_factory=dict)
     listeners: Sequence[Listener] = ()
     routes: Sequence[Any] = ()
@@ -90,5 +93,5 @@ class ServerState:
             if call is not None:
                 try:
                     call(facts)
-                except Exception:
-                    log.exception("listener %s failed in %s", listener.name, event)
+                except Exception as error:
+                    log.exception("%s failed in %s: %s", listener.name, event, describe(error))

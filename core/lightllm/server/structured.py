@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightllm import grammar as g
+from lightllm.checks import blamed
 from lightllm.grammar import Grammar, GrammarError
 from lightllm.interfaces import CallGrammar, ReasoningGrammar, ReasoningParser, ToolParser
 from lightllm.server.protocol import ApiError, Generating
@@ -54,7 +55,7 @@ async def chat_grammar(
     options = [wish.grammar] if wish and not tools.required else []
     if tools.required or tools.strict or (wish and isinstance(tool_parser, CallGrammar)):
         forced = tools.required or wish is not None
-        options.append(_calls(tools, tool_parser, required=forced))
+        options.append(_calls(state, tools, tool_parser, required=forced))
         parts += [
             Wish(g.json(tool["function"].get("parameters") or {}), f"tools[{i}].function.parameters")
             for tool, i in zip(tools.callable, tools.indices, strict=True)
@@ -66,16 +67,18 @@ async def chat_grammar(
     if reasoning_parser is not None:
         if not isinstance(reasoning_parser, ReasoningGrammar):
             raise ApiError("This server's reasoning parser cannot tell where the answer begins.", param=parts[0].param)
-        grammar = reasoning_parser.grammar(grammar)
+        with blamed(state.reasoning_parser_name):
+            grammar = reasoning_parser.grammar(grammar)
     await _compile(state, grammar, parts)
     return grammar
 
 
-def _calls(tools: Tools, parser: ToolParser | None, *, required: bool) -> Grammar:
+def _calls(state: ServerState, tools: Tools, parser: ToolParser | None, *, required: bool) -> Grammar:
     param = "tool_choice" if tools.required else "tools"
     if isinstance(parser, CallGrammar):
         try:
-            return parser.grammar(required=required, parallel=tools.parallel)
+            with blamed(state.tool_parser_name):
+                return parser.grammar(required=required, parallel=tools.parallel)
         except GrammarError as error:
             raise ApiError(f"These tools cannot be held to their schemas: {error}.", param="tools") from None
     what = "forced calls" if tools.required else "strict tools"

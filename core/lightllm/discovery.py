@@ -1,0 +1,174 @@
+"""Where plugins come from: entry points of installed distributions, and ``--plugin``. The only reader of entry points.
+
+Nothing is imported here; a `Plugin` knows how to (`Plugin.source`), and what it was made for is checked before.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import importlib_metadata
+
+from lightllm.checks import Wrong
+from lightllm.hookspecs import VERSION
+from lightllm.interfaces import Record
+
+GROUP = "lightllm"
+DISTRIBUTION = "lightllm-serve"
+
+Status = Literal["ok", "broken", "incompatible", "blocked"]
+
+
+class Incompatible(Wrong):
+    """A plugin made for another version than this."""
+
+
+@dataclass(eq=False)
+class Plugin:
+    """One plugin: who it is, and how it fares. ``reason``: why it is broken or incompatible.
+
+    ``asked_for``: given by ``--plugin``. ``target``: what its entry point names. ``warnings``: what it should change.
+    """
+
+    name: str
+    distribution: str
+    version: str
+    source: Callable[[], object]
+    target: str = ""
+    asked_for: bool = False
+    status: Status = "ok"
+    reason: str = ""
+    module: object = None
+    records: dict[str, list[Record]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def origin(self) -> str:
+        """Distribution and version."""
+        return f"{self.distribution} {self.version}".strip()
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} ({self.origin})"
+
+    @property
+    def builtin(self) -> bool:
+        return self.distribution == DISTRIBUTION
+
+
+def installed() -> list[Plugin]:
+    """Built-ins first, then by distribution and name: the same order everywhere, however sys.path lies."""
+    found: dict[tuple[str, str, str], Plugin] = {}
+    for point in importlib_metadata.entry_points(group=GROUP):
+        dist = point.dist
+        name, version = ("?", "") if dist is None else (dist.name, dist.version or "")
+        source: Callable[[], object] = lambda point=point: _import_point(point)  # type: ignore[misc] # noqa: E731
+        # One distribution may be seen twice on sys.path.
+        found.setdefault((name, point.name, point.value), Plugin(point.name, name, version, source, target=point.value))
+    return sorted(found.values(), key=lambda p: (not p.builtin, p.distribution.lower(), p.name))
+
+
+def given(wanted: Sequence[str], known: Sequence[Plugin]) -> list[Plugin]:
+    """What ``--plugin`` names, a file, a package's folder or a module. One that is installed is there already."""
+    found = []
+    for what in dict.fromkeys(wanted):
+        path = Path(what)
+        is_path = path.suffix == ".py" or len(path.parts) > 1
+        module = path.stem if is_path else what
+        if all(plugin.target.partition(":")[0] != module for plugin in known):
+            source: Callable[[], object]
+            source = (lambda path=path: _import_path(path)) if is_path else (lambda module=module: _import(module))  # type: ignore[misc]
+            name = module.rpartition(".")[2].replace("_", "-")
+            found.append(Plugin(name, f"--plugin {what}", "", source, target=module, asked_for=True))
+    return found
+
+
+def check_requires(module: object) -> None:
+    """A plugin says by ``lightllm_requires = "<0.2"`` which versions of the hooks it was written for."""
+    requires = getattr(module, "lightllm_requires", None)
+    if requires is None:
+        return
+    from packaging.specifiers import InvalidSpecifier, SpecifierSet
+
+    try:
+        fits = SpecifierSet(requires).contains(VERSION, prereleases=True)
+    except (InvalidSpecifier, TypeError, AttributeError):
+        raise Wrong(f"lightllm_requires is {requires!r:.80}, no version specifier such as '>=0.1,<0.2'") from None
+    if not fits:
+        raise Incompatible(f"it needs hooks {requires}, and this is {VERSION}")
+
+
+def _import_point(point: importlib_metadata.EntryPoint) -> object:
+    requires: Sequence[str] = (point.dist.requires or ()) if point.dist is not None else ()
+    for requirement in requires:
+        if requirement.lower().startswith("lightllm"):
+            _check_requirement(requirement)
+    try:
+        return point.load()
+    except ImportError as error:
+        if missing := _missing(requires):
+            text = f"{type(error).__name__}: {error}"
+            raise Wrong(f"{text} (not installed, though it needs them: {', '.join(missing)})") from error
+        raise
+
+
+def _check_requirement(text: str) -> None:
+    """pip lets people install a plugin beside a version it was not made for; it then fails far from the cause."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    requirement = Requirement(text)
+    own = importlib_metadata.version(DISTRIBUTION)
+    applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+    ours = canonicalize_name(requirement.name) == DISTRIBUTION and applies
+    if ours and not requirement.specifier.contains(own, prereleases=True):
+        raise Incompatible(f"it needs {DISTRIBUTION} {requirement.specifier}, and this is {own}")
+
+
+def _missing(requires: Sequence[str]) -> list[str]:
+    """Requirements that nothing installed meets by name."""
+    from packaging.requirements import Requirement
+
+    missing = []
+    for text in requires:
+        requirement = Requirement(text)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            try:
+                importlib_metadata.version(requirement.name)
+            except importlib_metadata.PackageNotFoundError:
+                missing.append(f"{requirement.name}{requirement.specifier}")
+    return missing
+
+
+def _import_path(path: Path) -> Any:
+    if not path.exists():
+        raise Wrong("there is no such file")
+    path = path.resolve()
+    # At the end, so that it hides nothing: as with any script, modules beside it can be imported.
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    importlib.invalidate_caches()
+    spec = importlib.util.find_spec(path.stem)
+    home = path if path.is_file() else path / "__init__.py"
+    if spec is None:
+        raise Wrong("it is no module that can be imported")
+    if spec.origin is None or Path(spec.origin).resolve() != home:
+        raise Wrong(f"another module is called {path.stem}, too ({spec.origin}): rename the file")
+    return importlib.import_module(path.stem)
+
+
+def _import(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        here = str(Path.cwd())
+        if error.name != module.partition(".")[0] or here in sys.path:
+            raise
+        sys.path.append(here)
+        return importlib.import_module(module)

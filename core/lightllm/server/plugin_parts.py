@@ -1,0 +1,68 @@
+"""What plugins bring to the application: routes and lifespans, each under the name of its plugin."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
+
+from litestar import Request, Response, Router
+from litestar.exceptions import HTTPException
+
+from lightllm.checks import blamed, describe
+from lightllm.interfaces import UserError
+from lightllm.server.answer import api_error, internal_error
+from lightllm.server.protocol import ApiError
+
+log = logging.getLogger("lightllm.server")
+
+CORE = "lightllm-serve itself"
+_PLUGIN = "plugin"
+
+
+def plugin_router(label: str, handlers: Sequence[Any]) -> Router:
+    """One plugin's routes. What they raise is answered and logged in the plugin's name. Raises `Wrong`."""
+
+    def on_error(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
+        if isinstance(error, (ApiError, HTTPException)):
+            answer = api_error(error)
+        else:
+            answer = internal_error(error, f"plugin {label} failed in {request.method} {request.url.path}")
+        return Response(answer.body(), status_code=answer.status, media_type="application/json", headers=answer.headers)
+
+    with blamed(f"plugin {label}: lightllm_routes"):
+        return Router("/", route_handlers=handlers, exception_handlers={Exception: on_error}, opt={_PLUGIN: label})
+
+
+def refuse_collisions(own: Sequence[Any], added: Iterable[Any]) -> None:
+    """Two owners of one method and path are a UserError naming both. ``own``: the server's handlers."""
+    owners: dict[tuple[str, str], str] = {}
+    for router in [Router("/", route_handlers=own), *added]:
+        label = router.opt.get(_PLUGIN, CORE) if isinstance(router, Router) else CORE
+        for route in router.routes if isinstance(router, Router) else ():
+            # {x:int} and {y:int} are the same place
+            parts = [part if isinstance(part, str) else f"{{{part.type.__name__}}}" for part in route.path_components]
+            for method in (getattr(route, "methods", None) or {"ANY"}) - {"OPTIONS"}:
+                key = method, "/".join(parts)
+                if key in owners:
+                    both = f"{owners[key]} and {label}"
+                    raise UserError(f"{method} {route.path} is a route of both {both}: block a plugin with --no-plugin")
+                owners[key] = label
+
+
+@asynccontextmanager
+async def named_lifespan(label: str, context: AbstractAsyncContextManager[None]) -> AsyncIterator[None]:
+    """The plugin's own, but what it raises says whose it is. One that cannot leave does not keep the others from it."""
+    try:
+        await context.__aenter__()
+    except Exception as error:
+        log.error("plugin %s: lightllm_lifespan failed to start: %s", label, describe(error))
+        raise
+    try:
+        yield
+    finally:
+        try:
+            await context.__aexit__(None, None, None)
+        except Exception as error:
+            log.exception("plugin %s: lightllm_lifespan failed to end: %s", label, describe(error))
