@@ -199,7 +199,14 @@ class ExecutorRecord(Record, frozen=True, kw_only=True):
 
 
 class Listener(msgspec.Struct, frozen=True, kw_only=True):
-    """Called in the server process. ``on_request`` and ``on_finish`` get plain dicts; a raising listener is logged."""
+    """Told of every request that the engine gets, in the server process, between two events of its loop: be quick.
+
+    ``on_request`` gets a dict of ``id``, ``endpoint``, ``model``, ``stream``, ``n``, ``created`` (Unix time),
+    ``prompt_tokens`` and ``request``, the body as it was sent. ``on_finish`` gets these, and ``status`` ("ok", "error" or
+    "aborted"), ``error``, ``finish_reasons`` and ``answers`` (a text for every choice, calls and thoughts as the model
+    wrote them), ``completion_tokens``, ``cached_tokens``, ``time_to_first_token`` and ``duration`` in seconds. Neither
+    may be changed. What a listener raises is logged.
+    """
 
     name: str
     on_request: Callable[[Mapping[str, Any]], None] | None = None

@@ -289,7 +289,9 @@ def test_listeners_hear_the_facts_and_one_that_raises_harms_nobody(heard, kit, c
         "n": 2,
         "created": answer.created,
         "prompt_tokens": answer.usage.prompt_tokens,
+        "request": {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "n": 2},
     }
+    assert finish["answers"] == ["Hello!"] * 2
     assert finish.items() >= request.items()
     assert finish["status"] == "ok" and finish["error"] is None
     assert finish["finish_reasons"] == ["stop", "stop"]

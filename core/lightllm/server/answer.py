@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol
 
+import msgspec
 from litestar.exceptions import HTTPException
 from litestar.types import Receive, Scope, Send
 
@@ -35,9 +36,11 @@ class Job:
     """Checked and ready for the engine. ``parsers``: one fresh parser per choice and prompt, in order of choices.
 
     ``nothing``: no token was asked for, only the prompt's logprobs. The engine makes one all the same; it is dropped.
+    ``body``: the request as it was sent, for listeners.
     """
 
     id: str
+    body: bytes
     endpoint: str
     model: str
     prompts: Sequence[list[int]]
@@ -70,6 +73,8 @@ class Choice:
         self.index = index
         self.generated = 0
         self.finish: str | None = None
+        self.texts: list[str] | None = None
+        """What has been said, where somebody wants to know."""
         self._job = job
         self._decoder = tokenizer.decoder(skip_special_tokens=job.skip_special_tokens)
         self._stops = StopStrings(job.stops, include=job.include_stop) if job.stops else None
@@ -104,6 +109,8 @@ class Choice:
             text += rest
         self.finish = finish
         self._emitted += len(text)
+        if self.texts is not None:
+            self.texts.append(text)
         if self._parser is None:
             events: list[Event] = [Text(text)] if text else []
         else:
@@ -154,6 +161,7 @@ class Run:
         self._started = time.monotonic()
         self._first: float | None = None
         self._error: str | None = None
+        self._request: Any = None
 
     async def __aenter__(self) -> Run:
         job = self.job
@@ -163,6 +171,9 @@ class Run:
                 self._generations.append(await contexts.enter_async_context(generation))
             self._contexts = contexts.pop_all()
         if self._state.listeners:
+            for choice in self._choices:
+                choice.texts = []
+            self._request = msgspec.json.decode(job.body)
             self._state.tell("on_request", self._facts())
         return self
 
@@ -178,6 +189,7 @@ class Run:
                 "status": status,
                 "error": failed,
                 "finish_reasons": finishes,
+                "answers": ["".join(choice.texts or ()) for choice in self._choices],
                 "completion_tokens": sum(choice.generated for choice in self._choices),
                 "cached_tokens": sum(self._cached.values()),
                 "time_to_first_token": self._first,
@@ -195,6 +207,7 @@ class Run:
             "n": job.n,
             "created": job.created,
             "prompt_tokens": sum(len(prompt) for prompt in job.prompts),
+            "request": self._request,
         }
 
     def usage(self) -> Usage:

@@ -75,6 +75,7 @@ async def completion(state: ServerState, body: bytes) -> Answer:
     )
     job = Job(
         id=f"cmpl-{uuid.uuid4().hex}",
+        body=body,
         endpoint="completions",
         model=model,
         prompts=[prompt.tokens for prompt in prompts],

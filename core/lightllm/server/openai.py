@@ -83,6 +83,7 @@ async def chat_completion(state: ServerState, body: bytes) -> Answer:
     )
     job = Job(
         id=f"chatcmpl-{uuid.uuid4().hex}",
+        body=body,
         endpoint="chat.completions",
         model=model,
         prompts=[tokens],
