@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -402,6 +403,29 @@ def test_check_breaks_a_plugin_whose_target_lacks_a_method(site: Site) -> None:
     assert report.status == "broken"
     assert report.reason == "good_work:Parser is no ToolParser: it lacks close"
     assert report.provides == {"tool_parsers": ["good"]}
+
+
+CALLS = {
+    "too few arguments": ("def push(self): return ()", "push.* cannot be called with .self, text.: too many"),
+    "one too many": ("def push(self, text, end): return ()", "push.* cannot be called with .self, text.: missing"),
+    "a constructor of its own": ("def __init__(self): pass", "__init__.* cannot be called with .tools."),
+}
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_check_breaks_a_plugin_whose_methods_take_other_arguments(site: Site, case: str) -> None:
+    method, reason = CALLS[case]
+    work = f"""
+        class Parser:
+            def __init__(self, tools): pass
+            def push(self, text): return ()
+            def close(self): return ()
+            {method}
+    """
+    site.install("good-dist", {"good": "good_module"}, {"good_module": GOOD, "good_work": work})
+    plugins = Plugins.discover()
+    plugins.check()
+    assert re.search(f"good_work:Parser: {reason}", report_of("good", plugins).reason)
 
 
 def test_check_breaks_a_plugin_whose_target_cannot_be_imported(site: Site) -> None:
