@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightllm.assemble import open_checkpoint
+from lightllm.assemble import adapters, open_checkpoint
 from lightllm.config import Config
 from lightllm.plugins import Plugins
 
@@ -23,7 +23,10 @@ def export_demo(folder: Path, architecture: str = "LlamaForCausalLM", dtype: tor
     format_, checkpoint, info = open_checkpoint(plugins, path)
     with torch.device("meta"):
         names = LlamaForCausalLM(LlamaConfig(**info.config)).state_dict().keys()
-    tensors = {name: t.to(dtype) for name, t in plugins.load(format_)(path, info).tensors(list(names))}
+    tensors = {
+        name: t.to(dtype)
+        for name, t in plugins.load(format_)(path, info, adapters(plugins, format_)).tensors(list(names))
+    }
     config = dict(info.config) | {"architectures": [architecture], "model_type": NAMES[architecture]}
     if architecture == "MistralForCausalLM":
         config["sliding_window"] = None

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ def test_the_table_shows_name_origin_status_and_reason(
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["mine", "mine-dist", "1.2", "ok", "tool", "parsers:", "mine;", "add", "options"] in lines
     assert ["bad", "bad-dist", "1.2", "broken", "OSError:", "[bold]"] in lines
-    assert ["qwen2", "built", "in", "ok", "models:", "qwen2"] in lines
+    assert ["qwen2", "built", "in", version("lightllm-serve"), "ok", "models:", "qwen2"] in lines
 
 
 def test_check_finds_a_target_that_is_not_what_it_says(site: Site, capsys: pytest.CaptureFixture[str]) -> None:

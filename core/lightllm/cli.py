@@ -30,6 +30,10 @@ def main(argv: Sequence[str] | None = None, *, lightllm_names: bool = False) -> 
             from lightllm.assemble import check_grammars
 
             return check_grammars()
+        if arguments[:2] == ["plugins", "new"]:
+            from lightllm import scaffold
+
+            return scaffold.main(arguments[2:])
         if arguments[:1] == ["plugins"]:
             return _list_plugins(arguments[1:])
         return _serve(arguments, lightllm_names)
@@ -59,9 +63,10 @@ def _list_plugins(argv: list[str]) -> int:
             "usage: lightllm-serve plugins [--json] [--check] [--plugin FILE|MODULE] [--no-plugin NAME]\n"
             "       lightllm-serve plugins new NAME --kind KIND\n\n"
             "List the installed plugins and what they provide, or write a new one.\n\n"
-            "  --json    the same as JSON\n"
+            "  --json    the same as JSON, and more\n"
             "  --check   import everything they provide, and exit with 1 if anything is broken\n"
             "  --plugin  one more, that is not installed: a .py file or a module\n"
+            "  new       write a small plugin that works; `lightllm-serve plugins new --help` lists the kinds\n"
         )
         return 0
     choice = read_plugin_choice(options, os.environ)
@@ -86,8 +91,8 @@ def _show(reports: Sequence[PluginReport]) -> None:
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("plugin", "distribution", "status", "provides"):
-        table.add_column(heading, no_wrap=heading != "provides")
-    styles = {"ok": "green", "broken": "bold red", "blocked": "yellow"}
+        table.add_column(heading, no_wrap=heading in ("plugin", "status"))
+    styles = {"ok": "green", "broken": "bold red", "incompatible": "bold red", "blocked": "yellow"}
     for report in reports:
         provides = [
             f"{kind.replace('_', ' ')}: {', '.join(names)}" if names else kind.replace("_", " ")
@@ -95,8 +100,8 @@ def _show(reports: Sequence[PluginReport]) -> None:
         ]
         table.add_row(
             Text(report.name),
-            Text("built in" if report.builtin else f"{report.distribution} {report.version}".strip()),
+            Text(f"{'built in' if report.builtin else report.distribution} {report.version}".strip()),
             Text(report.status, styles[report.status]),
-            Text(report.reason or "; ".join(provides)),
+            Text("\n".join([report.reason or "; ".join(provides), *report.warnings])),
         )
     Console().print(table)

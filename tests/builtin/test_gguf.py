@@ -21,7 +21,9 @@ from transformers.integrations.gguf.dequant import dequantize as transformers_de
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from lightllm import ModelInfo, UserError
+from lightllm.assemble import adapters
 from lightllm.nn.rope import Rope
+from lightllm.plugins import Plugins
 from lightllm_builtin.gguf import matches
 from lightllm_builtin.gguf.checkpoint import GGUFCheckpoint
 from lightllm_builtin.gguf.header import read_header
@@ -56,13 +58,24 @@ def randomised(model: Any) -> Any:
     return model.eval()
 
 
+PLUGINS = Plugins.discover()
+ADAPTERS = adapters(PLUGINS, PLUGINS.find("weight_formats", "gguf"))
+
+
+def checkpoint_of(file: Path) -> GGUFCheckpoint:
+    return GGUFCheckpoint(file, ADAPTERS)
+
+
+def weights_of(file: Path) -> GGUFWeights:
+    return GGUFWeights(file, ModelInfo(path="", architecture="", config={}), ADAPTERS)
+
+
 def tensors_of(file: Path, model: Any) -> dict[str, Tensor]:
-    weights = GGUFWeights(file, GGUFCheckpoint(file).info())
-    return dict(weights.tensors(list(model.state_dict())))
+    return dict(weights_of(file).tensors(list(model.state_dict())))
 
 
 def info_of(file: Path) -> ModelInfo:
-    return GGUFCheckpoint(file).info()
+    return checkpoint_of(file).info()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -130,10 +143,10 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def read_all(file: Path) -> None:
-    checkpoint = GGUFCheckpoint(file)
+    checkpoint = checkpoint_of(file)
     checkpoint.info()
     checkpoint.tokenizer()
-    dict(GGUFWeights(file, ModelInfo(path="", architecture="", config={})).tensors(()))
+    dict(weights_of(file).tensors(()))
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -349,7 +362,7 @@ def test_quantized_weights_stay_near_the_original(tmp_path: Path, kind: Kind, er
 def test_the_size_is_what_is_handed_out(tmp_path: Path) -> None:
     model = llama()
     write_model(tmp_path / "m.gguf", model, extra={"rope_freqs.weight": np.ones(8, np.float32)})
-    weights = GGUFWeights(tmp_path / "m.gguf", info_of(tmp_path))
+    weights = weights_of(tmp_path / "m.gguf")
     assert weights.nbytes() == sum(t.nbytes for _, t in weights.tensors(list(model.state_dict())))
 
 
@@ -362,13 +375,13 @@ def test_a_tensor_nobody_asked_for_is_handed_out_under_its_own_name(tmp_path: Pa
 def test_a_type_that_cannot_be_read_is_named_with_its_tensor(tmp_path: Path) -> None:
     write_blocks(tmp_path / "m.gguf", Kind.Q8_K, np.zeros((2, 288 + 4), np.uint8))
     with pytest.raises(UserError, match=r"m\.gguf: tensor token_embd\.weight is of type Q8_K"):
-        dict(GGUFWeights(tmp_path, info_of(tmp_path)).tensors(()))
+        dict(weights_of(tmp_path).tensors(()))
 
 
 def test_a_file_that_does_not_count_its_layers_says_so(tmp_path: Path) -> None:
     write_blocks(tmp_path / "m.gguf", Kind.F32, np.zeros((2, 32), np.float32), layers=None)
     with pytest.raises(UserError, match=r"m\.gguf.*llama\.block_count"):
-        dict(GGUFWeights(tmp_path, info_of(tmp_path)).tensors(()))
+        dict(weights_of(tmp_path).tensors(()))
 
 
 def test_a_type_that_is_not_known_is_named_with_its_tensor(tmp_path: Path) -> None:
@@ -389,7 +402,7 @@ def test_the_demo_models_weights_are_those_transformers_reads(demo_model: Path) 
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**info_of(demo_model).config))
     reference = load_gguf_checkpoint(str(demo_model), return_tensors=True, model_to_load=model)["tensors"]
-    weights = GGUFWeights(demo_model, info_of(demo_model))
+    weights = weights_of(demo_model)
     found = {name: tensor for name, tensor in weights.tensors(list(reference)) if name in names or "embed" in name}
     assert found.keys() == {*names, "model.embed_tokens.weight"}
     for name, tensor in found.items():
@@ -431,7 +444,7 @@ def test_byte_level_vocabularies_are_read_as_transformers_reads_them(tmp_path: P
     texts = [*AWKWARD, "a<|end|>b <think>c</think>"]
     if pre == "qwen2":  # transformers forgets Qwen's normalization to NFC
         texts = [text for text in texts if "e\u0301" not in text]
-    ours = GGUFCheckpoint(file).tokenizer()
+    ours = checkpoint_of(file).tokenizer()
     # whole words apart: that transformers forgets it for Llama 3 shows only on words that merges do not reach
     check_same(ours, reference_tokenizer(file), texts)
     assert ours.decode(ours.encode("a<|end|>b<think>").ids) == "ab<think>"
@@ -440,7 +453,7 @@ def test_byte_level_vocabularies_are_read_as_transformers_reads_them(tmp_path: P
 def test_qwens_text_is_normalized(tmp_path: Path) -> None:
     tokens, merges = trained_bpe(pre_tokenizers.ByteLevel(add_prefix_space=False))
     write_vocabulary(tmp_path / "m.gguf", "gpt2", tokens, merges=merges, pre="qwen2")
-    tokenizer = GGUFCheckpoint(tmp_path).tokenizer()
+    tokenizer = checkpoint_of(tmp_path).tokenizer()
     assert tokenizer.encode("e\u0301").ids == tokenizer.encode("\u00e9").ids
 
 
@@ -448,16 +461,16 @@ def test_llama3_takes_a_word_that_is_a_token_as_it_is(tmp_path: Path) -> None:
     tokens, merges = trained_bpe(pre_tokenizers.ByteLevel(add_prefix_space=False))
     tokens = [*tokens, "unreachable"]
     write_vocabulary(tmp_path / "m.gguf", "gpt2", tokens, merges=merges, pre="llama-bpe")
-    assert GGUFCheckpoint(tmp_path).tokenizer().encode("unreachable").tokens == ["unreachable"]
+    assert checkpoint_of(tmp_path).tokenizer().encode("unreachable").tokens == ["unreachable"]
     write_vocabulary(tmp_path / "m.gguf", "gpt2", tokens, merges=merges, pre="qwen2")
-    assert len(GGUFCheckpoint(tmp_path).tokenizer().encode("unreachable").tokens) > 1
+    assert len(checkpoint_of(tmp_path).tokenizer().encode("unreachable").tokens) > 1
 
 
 def test_the_cut_of_llama3_is_its_own_tokenizers(tmp_path: Path) -> None:
     """Digits by threes, contractions, and line ends after symbols."""
     tokens, merges = trained_bpe(pre_tokenizers.ByteLevel(add_prefix_space=False))
     write_vocabulary(tmp_path / "m.gguf", "gpt2", tokens, merges=merges, pre="llama-bpe")
-    cut = GGUFCheckpoint(tmp_path).tokenizer().pre_tokenizer.pre_tokenize_str
+    cut = checkpoint_of(tmp_path).tokenizer().pre_tokenizer.pre_tokenize_str
     expected = pre_tokenizers.Split(Regex(LLAMA3_CUT), "isolated").pre_tokenize_str
     for text in AWKWARD:
         assert [place for _, place in cut(text)] == [place for _, place in expected(text)], text
@@ -495,7 +508,7 @@ def write_sentencepiece(file: Path, model: Any, **fields: Any) -> None:
 
 def test_sentencepieces_vocabulary_is_read_as_sentencepiece_reads_it(tmp_path: Path, sentencepiece_model: Any) -> None:
     write_sentencepiece(tmp_path / "m.gguf", sentencepiece_model)
-    tokenizer = GGUFCheckpoint(tmp_path).tokenizer()
+    tokenizer = checkpoint_of(tmp_path).tokenizer()
     for text in AWKWARD:
         if not text:
             continue  # a prefix space alone: llama.cpp and sentencepiece add none
@@ -507,7 +520,7 @@ def test_sentencepieces_vocabulary_is_read_as_sentencepiece_reads_it(tmp_path: P
 def test_sentencepieces_texts_begin_with_bos_unless_the_file_says_no(tmp_path: Path, sentencepiece_model: Any) -> None:
     def framed(**fields: Any) -> list[str]:
         write_sentencepiece(tmp_path / "m.gguf", sentencepiece_model, **fields)
-        tokens: list[str] = GGUFCheckpoint(tmp_path).tokenizer().encode("the").tokens
+        tokens: list[str] = checkpoint_of(tmp_path).tokenizer().encode("the").tokens
         return tokens
 
     bare = framed(add_bos_token=False)
@@ -518,7 +531,7 @@ def test_sentencepieces_texts_begin_with_bos_unless_the_file_says_no(tmp_path: P
 
 def test_special_tokens_are_found_in_the_text_and_hidden_when_decoded(tmp_path: Path, sentencepiece_model: Any) -> None:
     write_sentencepiece(tmp_path / "m.gguf", sentencepiece_model)
-    tokenizer = GGUFCheckpoint(tmp_path).tokenizer()
+    tokenizer = checkpoint_of(tmp_path).tokenizer()
     encoded = tokenizer.encode("<s>the</s>[INST]", add_special_tokens=False)
     assert encoded.tokens[0] == "<s>" and encoded.tokens[-2:] == ["</s>", "[INST]"]
     assert tokenizer.decode(encoded.ids) == "the[INST]"
@@ -529,7 +542,7 @@ def test_llama3_and_tekken_texts_begin_with_bos_unless_the_file_says_no(tmp_path
     tokens, merges = trained_bpe(pre_tokenizers.ByteLevel(add_prefix_space=False), 300)
     for fields, expected in [({}, bos), ({"add_bos_token": True}, True), ({"add_bos_token": False}, False)]:
         write_vocabulary(tmp_path / "m.gguf", "gpt2", tokens, merges=merges, pre=pre, bos_token_id=7, **fields)
-        assert (GGUFCheckpoint(tmp_path).tokenizer().encode("a").ids[0] == 7) == expected
+        assert (checkpoint_of(tmp_path).tokenizer().encode("a").ids[0] == 7) == expected
 
 
 @pytest.mark.parametrize(
@@ -569,7 +582,7 @@ def test_a_vocabulary_that_cannot_be_read_says_why(
 ) -> None:
     write_vocabulary(tmp_path / "m.gguf", model, ["a", "b", "ab"], **fields)
     with pytest.raises(UserError, match=rf"m\.gguf.*{said}"):
-        GGUFCheckpoint(tmp_path).tokenizer()
+        checkpoint_of(tmp_path).tokenizer()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -582,7 +595,7 @@ def demo_reference(demo_model: Path) -> Any:
 
 
 def test_the_demo_models_tokens_are_those_of_transformers(demo_model: Path, demo_reference: Any) -> None:
-    ours = GGUFCheckpoint(demo_model).tokenizer()
+    ours = checkpoint_of(demo_model).tokenizer()
     # transformers forgets that SmolLM cuts digits one by one
     texts = [text for text in AWKWARD if not any(character.isnumeric() for character in text)]
     assert len(texts) > 15
@@ -590,7 +603,7 @@ def test_the_demo_models_tokens_are_those_of_transformers(demo_model: Path, demo
 
 
 def test_the_demo_models_digits_are_tokens_of_their_own(demo_model: Path) -> None:
-    tokenizer = GGUFCheckpoint(demo_model).tokenizer()
+    tokenizer = checkpoint_of(demo_model).tokenizer()
     assert tokenizer.encode("x=12345").tokens[-5:] == ["1", "2", "3", "4", "5"]
     for text in AWKWARD:
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
