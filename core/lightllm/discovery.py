@@ -5,6 +5,7 @@ Nothing is imported here; a `Plugin` knows how to (`Plugin.source`), and what it
 
 from __future__ import annotations
 
+import email
 import importlib
 import importlib.util
 import sys
@@ -45,6 +46,7 @@ class Plugin:
     status: Status = "ok"
     reason: str = ""
     module: object = None
+    hooks: list[str] = field(default_factory=list)
     records: dict[str, list[Record]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -65,10 +67,11 @@ class Plugin:
 def installed() -> list[Plugin]:
     """Built-ins first, then by distribution and name: the same order everywhere, however sys.path lies."""
     found: dict[tuple[str, str, str], Plugin] = {}
+    own = importlib_metadata.version(DISTRIBUTION)
     for point in importlib_metadata.entry_points(group=GROUP):
-        dist = point.dist
-        name, version = ("?", "") if dist is None else (dist.name, dist.version or "")
-        source: Callable[[], object] = lambda point=point: _import_point(point)  # type: ignore[misc] # noqa: E731
+        name, version, requires = _described(point.dist)
+        source: Callable[[], object]
+        source = lambda point=point, requires=requires: _import_point(point, requires, own)  # type: ignore[misc] # noqa: E731
         # One distribution may be seen twice on sys.path.
         found.setdefault((name, point.name, point.value), Plugin(point.name, name, version, source, target=point.value))
     return sorted(found.values(), key=lambda p: (not p.builtin, p.distribution.lower(), p.name))
@@ -104,11 +107,21 @@ def check_requires(module: object) -> None:
         raise Incompatible(f"it needs hooks {requires}, and this is {VERSION}")
 
 
-def _import_point(point: importlib_metadata.EntryPoint) -> object:
-    requires: Sequence[str] = (point.dist.requires or ()) if point.dist is not None else ()
+def _described(dist: importlib_metadata.Distribution | None) -> tuple[str, str, list[str]]:
+    """Name, version and requirements. The library parses the whole METADATA, README and all, for each of them."""
+    if dist is None:
+        return "?", "", []
+    text = dist.read_text("METADATA")
+    if text is None:  # an egg
+        return dist.name, dist.version or "", list(dist.requires or ())
+    fields = email.message_from_string(text.partition("\n\n")[0])
+    return fields["Name"], fields["Version"] or "", fields.get_all("Requires-Dist", [])
+
+
+def _import_point(point: importlib_metadata.EntryPoint, requires: Sequence[str], own: str) -> object:
     for requirement in requires:
         if requirement.lower().startswith("lightllm"):
-            _check_requirement(requirement)
+            _check_requirement(requirement, own)
     try:
         return point.load()
     except ImportError as error:
@@ -118,13 +131,12 @@ def _import_point(point: importlib_metadata.EntryPoint) -> object:
         raise
 
 
-def _check_requirement(text: str) -> None:
+def _check_requirement(text: str, own: str) -> None:
     """pip lets people install a plugin beside a version it was not made for; it then fails far from the cause."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
     requirement = Requirement(text)
-    own = importlib_metadata.version(DISTRIBUTION)
     applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
     ours = canonicalize_name(requirement.name) == DISTRIBUTION and applies
     if ours and not requirement.specifier.contains(own, prereleases=True):

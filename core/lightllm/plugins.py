@@ -254,10 +254,7 @@ class Plugins:
         try:
             module = plugin.source()
             check_requires(module)
-            plugin.warnings = _verify(module)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # they are in the report
-                self._manager.register(module, plugin.name)
+            plugin.hooks, plugin.warnings = _register(self._manager, plugin.name, module)
         except Fault as error:
             log.debug("loading plugin %s", plugin.name, exc_info=True)
             self._break(plugin, describe(error), "incompatible" if isinstance(error, Incompatible) else "broken")
@@ -266,8 +263,8 @@ class Plugins:
             self._warn(f"plugin {plugin.label}: {warning}")
         plugin.module = module
         for kind, (record_type, _) in RECORDS.items():
-            if plugin.status == "ok":
-                hook = f"lightllm_{kind}"
+            hook = f"lightllm_{kind}"
+            if plugin.status == "ok" and hook in plugin.hooks:
                 plugin.records[kind] = self._ask(plugin, hook, record_type, listed=True, check=check_records)
 
     def _break(self, plugin: Plugin, reason: str, status: Status = "broken") -> None:
@@ -288,8 +285,7 @@ class Plugins:
 
     def _provides(self, plugin: Plugin) -> dict[str, list[str]]:
         provides = {kind: [record.name for record in records] for kind, records in plugin.records.items() if records}
-        callers = self._manager.get_hookcallers(plugin.module) or [] if plugin.module is not None else []
-        others = [caller.name.removeprefix("lightllm_") for caller in callers]
+        others = [hook.removeprefix("lightllm_") for hook in plugin.hooks] if plugin.module is not None else []
         return provides | {hook: [] for hook in others if hook not in RECORDS}
 
     # --- asking
@@ -345,30 +341,33 @@ def _new_manager() -> pluggy.PluginManager:
 # What can be wrong
 
 
-def _verify(module: object) -> list[str]:
-    """Find what pluggy would accept in silence, or say in an unclear way. Raises `Wrong`.
+def _register(manager: pluggy.PluginManager, name: str, module: object) -> tuple[list[str], list[str]]:
+    """The hooks it answers, and what of them is deprecated (pluggy's ``warn_on_impl``).
 
-    What is deprecated (pluggy's ``warn_on_impl``) comes back.
+    Raises `Wrong` for what pluggy would accept in silence, or says in an unclear way; the plugin is then not there.
     """
-    trial = _new_manager()
-    known = [name for name in dir(trial.hook) if name.startswith("lightllm_")]
+    known = [hook for hook in vars(hookspecs) if hook.startswith("lightllm_")]
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            trial.register(module, "trial")
-    except pluggy.PluginValidationError as error:
-        raise Wrong(str(error).removeprefix("Plugin 'trial' for hook ")) from None
-    callers = trial.get_hookcallers(module) or []
-    for caller in callers:
-        if not caller.has_spec():
-            raise Wrong(f"there is no hook called {caller.name}.{suggestion(caller.name, known)}")
-        if any(implementation.wrapper or implementation.hookwrapper for implementation in caller.get_hookimpls()):
-            raise Wrong(f"{caller.name} is a hook wrapper: a plugin answers for itself, not for others")
-    answered = {caller.name for caller in callers}
-    for name in known:
-        function = None if name in answered else getattr(module, name, None)
-        if inspect.isroutine(function) and not hasattr(function, "lightllm_spec"):
-            raise Wrong(f"{name} lacks the @hookimpl decorator")
-    if not callers:
-        raise Wrong("it answers no hook")
-    return list(dict.fromkeys(str(warning.message) for warning in caught))
+            manager.register(module, name)
+        callers = manager.get_hookcallers(module) or []
+        for caller in callers:
+            if not caller.has_spec():
+                raise Wrong(f"there is no hook called {caller.name}.{suggestion(caller.name, known)}")
+            if any(i.plugin is module and (i.wrapper or i.hookwrapper) for i in caller.get_hookimpls()):
+                raise Wrong(f"{caller.name} is a hook wrapper: a plugin answers for itself, not for others")
+        hooks = [caller.name for caller in callers]
+        for hook in known:
+            function = None if hook in hooks else getattr(module, hook, None)
+            if inspect.isroutine(function) and not hasattr(function, "lightllm_spec"):
+                raise Wrong(f"{hook} lacks the @hookimpl decorator")
+        if not callers:
+            raise Wrong("it answers no hook")
+    except Fault as error:
+        if manager.get_plugin(name) is module:
+            manager.unregister(name=name)
+        if isinstance(error, pluggy.PluginValidationError):
+            raise Wrong(str(error).removeprefix(f"Plugin {name!r} for hook ")) from None
+        raise
+    return hooks, list(dict.fromkeys(str(warning.message) for warning in caught))

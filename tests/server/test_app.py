@@ -9,12 +9,13 @@ import socket
 import httpx
 import openai
 import pytest
-from litestar import get
+from litestar import get, post
 from litestar.exceptions import HTTPException
 from tokenizers.processors import TemplateProcessing
 
-from lightllm import Listener
+from lightllm import Listener, UserError
 from lightllm.config import Config
+from lightllm.server.plugin_parts import named_lifespan, plugin_router
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -371,3 +372,54 @@ def test_one_connection_serves_one_request_after_another(server):
         for fields in ({}, {"stream": True}, {"temperature": 3}, {}):
             response = client.post(COMPLETIONS, json={"prompt": "a", **fields})
             assert response.status_code == (400 if "temperature" in fields else 200)
+
+
+# --- whose routes they are
+
+
+def routes_of(label, *paths, method=get):
+    async def handler() -> None: ...
+
+    return plugin_router(label, [method(path)(handler) for path in paths])
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("/a", "/a"), ("/a/{x:int}", "/a/{y:int}"), ("/a/", "/a"), ("/v1/models", "/b")],
+    ids=str,
+)
+def test_two_owners_of_a_route_are_both_named(kit, one, other):
+    routes = [routes_of("mine (mine-dist 1.2)", one), routes_of("yours (your-dist 3.4)", other)]
+    with pytest.raises(UserError) as caught, kit.running(routes=routes):
+        pass
+    other_owner = "lightllm-serve itself" if one == "/v1/models" else "yours (your-dist 3.4)"
+    assert "GET " in str(caught.value)
+    assert "mine (mine-dist 1.2)" in str(caught.value) and other_owner in str(caught.value)
+
+
+def test_other_methods_and_places_are_no_collision(kit):
+    routes = [
+        routes_of("mine", "/a", "/b/{x:int}"),
+        routes_of("yours", "/b", "/b/{x:str}"),
+        routes_of("z", "/a", method=post),
+    ]
+    with kit.running(routes=routes) as server:
+        assert server.http.get("/a").status_code == 200
+        assert server.http.post("/a").status_code == 201
+
+
+def test_a_lifespan_that_fails_to_end_is_named_and_the_others_end(kit, caplog):
+    ended = []
+
+    @contextlib.asynccontextmanager
+    async def lifespan(name):
+        yield
+        ended.append(name)
+        if name == "bad":
+            raise OSError("will not go")
+
+    spans = [named_lifespan(f"{name} (dist 1.2)", lifespan(name)) for name in ("first", "bad", "last")]
+    with kit.running(lifespans=spans):
+        pass
+    assert sorted(ended) == ["bad", "first", "last"]
+    assert "plugin bad (dist 1.2): lightllm_lifespan failed to end: OSError: will not go" in caplog.text
