@@ -194,7 +194,7 @@ STARTS = {
     "a missing target": ({"faulty_plugin": DECLARED.replace(":Faulty", ":Absent")}, "faulty_parts:Absent"),
     "routes that collide": (
         {"faulty_plugin": DECLARED.replace('"/faulty"', '"/v1/models"')},
-        "GET /v1/models is a route of both lightllm-serve itself and faulty",
+        "/v1/models is a route of both lightllm-serve itself and faulty",
     ),
 }
 

@@ -9,7 +9,7 @@ import socket
 import httpx
 import openai
 import pytest
-from litestar import get, post
+from litestar import get
 from litestar.exceptions import HTTPException
 from tokenizers.processors import TemplateProcessing
 
@@ -393,19 +393,13 @@ def test_two_owners_of_a_route_are_both_named(kit, one, other):
     with pytest.raises(UserError) as caught, kit.running(routes=routes):
         pass
     other_owner = "lightllm-serve itself" if one == "/v1/models" else "yours (your-dist 3.4)"
-    assert "GET " in str(caught.value)
     assert "mine (mine-dist 1.2)" in str(caught.value) and other_owner in str(caught.value)
 
 
-def test_other_methods_and_places_are_no_collision(kit):
-    routes = [
-        routes_of("mine", "/a", "/b/{x:int}"),
-        routes_of("yours", "/b", "/b/{x:str}"),
-        routes_of("z", "/a", method=post),
-    ]
+def test_other_places_are_no_collision(kit):
+    routes = [routes_of("mine", "/a", "/b/{x:int}"), routes_of("yours", "/b", "/b/{x:str}")]
     with kit.running(routes=routes) as server:
         assert server.http.get("/a").status_code == 200
-        assert server.http.post("/a").status_code == 201
 
 
 def test_a_lifespan_that_fails_to_end_is_named_and_the_others_end(kit, caplog):

@@ -36,19 +36,16 @@ def plugin_router(label: str, handlers: Sequence[Any]) -> Router:
 
 
 def refuse_collisions(own: Sequence[Any], added: Iterable[Any]) -> None:
-    """Two owners of one method and path are a UserError naming both. ``own``: the server's handlers."""
-    owners: dict[tuple[str, str], str] = {}
-    for router in [Router("/", route_handlers=own), *added]:
-        label = router.opt.get(_PLUGIN, CORE) if isinstance(router, Router) else CORE
-        for route in router.routes if isinstance(router, Router) else ():
+    """Two owners of one path, whatever the method, are a UserError naming both. ``own``: the server's handlers."""
+    owners: dict[str, str] = {}
+    for router in [Router("/", route_handlers=own), *(r for r in added if isinstance(r, Router))]:
+        label = (router.opt or {}).get(_PLUGIN, CORE)
+        for route in router.routes:
             # {x:int} and {y:int} are the same place
             parts = [part if isinstance(part, str) else f"{{{part.type.__name__}}}" for part in route.path_components]
-            for method in (getattr(route, "methods", None) or {"ANY"}) - {"OPTIONS"}:
-                key = method, "/".join(parts)
-                if key in owners:
-                    both = f"{owners[key]} and {label}"
-                    raise UserError(f"{method} {route.path} is a route of both {both}: block a plugin with --no-plugin")
-                owners[key] = label
+            owner = owners.setdefault("/".join(parts), label)
+            if owner != label:
+                raise UserError(f"{route.path} is a route of both {owner} and {label}: block a plugin with --no-plugin")
 
 
 @asynccontextmanager
