@@ -59,12 +59,12 @@ def open_checkpoint(plugins: Plugins, path: Path) -> tuple[Provided, Checkpoint,
     """The first weight format that recognises the files, and what it and the model's plugin say of them."""
     reasons = []
     for provided in plugins.records("weight_formats"):
-        reason = provided.record.matches(path)
-        if reason is None:
-            checkpoint: Checkpoint = plugins.load(provided, provided.record.checkpoint)(
-                path, adapters(plugins, provided)
-            )
-            return provided, checkpoint, _completed(plugins, checkpoint.info())
+        with blamed(f"the weight format {provided.label}"):
+            reason = provided.record.matches(path)
+            if reason is None:
+                target = plugins.load(provided, provided.record.checkpoint)
+                checkpoint: Checkpoint = target(path, adapters(plugins, provided))
+                return provided, checkpoint, _completed(plugins, checkpoint.info())
         reasons.append(f"{provided.record.name}: {reason}")
     raise UserError(f"{path} holds no model that any weight format can read ({'; '.join(reasons)})")
 
