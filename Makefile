@@ -4,17 +4,18 @@ VENV ?= .venv
 MODEL ?= demo
 PORT ?= 8000
 BIN := $(VENV)/bin
+PLUGINS := $(wildcard plugins/*)
 
 .PHONY: help serve test lint format bench test-slow test-gpu clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-$(BIN)/.ready: pyproject.toml constraints.txt
+$(BIN)/.ready: pyproject.toml constraints.txt $(PLUGINS:=/pyproject.toml)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . --group dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e . $(PLUGINS:%=-e %) --group dev
 	touch $@
 
 serve: $(BIN)/.ready  ## serve MODEL (a small real chat model unless given) on PORT

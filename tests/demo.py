@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightllm.assemble import adapters, open_checkpoint
+from lightllm.assemble import open_checkpoint
 from lightllm.config import Config
 from lightllm.plugins import Plugins
+from lightllm.selection import adapters
 
 NAMES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral", "Qwen2ForCausalLM": "qwen2"}
 

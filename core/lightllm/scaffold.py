@@ -64,14 +64,15 @@ def new(name: str, kind: str, folder: Path) -> Path:
         "example_plugin": module,
         "ExamplePlugin": "".join(part.capitalize() for part in module.split("_")),
     }
+    sources = [TEMPLATES / "common", TEMPLATES / kind]
+    files = [(source, path) for source in sources for path in sorted(source.rglob("*")) if path.is_file()]
     try:
-        for source in (TEMPLATES / "common", TEMPLATES / kind):
-            for file in sorted(
-                path for path in source.rglob("*") if path.is_file() and "__pycache__" not in path.parts
-            ):
-                target = home / _replaced(str(file.relative_to(source)), words)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_text(_replaced(file.read_text(encoding="utf-8"), words), encoding="utf-8")
+        for source, path in files:
+            if path.suffix == ".pyc":  # installers compile the templates
+                continue
+            target = home / _replaced(str(path.relative_to(source)), words)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(_replaced(path.read_text(encoding="utf-8"), words), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{home} cannot be written: {error}") from error
     return home

@@ -57,7 +57,10 @@ def test_the_checkpoint_tells(template, tokens, name):
 def test_it_says_why(caplog):
     with caplog.at_level(logging.INFO, "lightllm"):
         chosen(MISTRAL)
-    assert "tool parser: tool-parsers/mistral (not tool-parsers/qwen25: the chat template does not write <tool_call>;" in caplog.text
+    assert (
+        "tool parser: tool-parsers/mistral (not tool-parsers/qwen25: the chat template does not write <tool_call>;"
+        in caplog.text
+    )
 
 
 def test_what_is_asked_for_is_had():

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from builtin.test_grammar import Held, bug
+from builtin.test_grammar import bug
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
@@ -20,6 +20,7 @@ from lightllm import CallArguments, CallGrammar, CallIds, CallStart, Event, Reas
 from lightllm import grammar as g
 from lightllm.chat import merged
 from lightllm.grammar import Fixed, Grammar, OneOf, Regex
+from lightllm.testing import TextMatcher, check_call_grammar
 from lightllm_builtin.reasoning.think import DeepSeekR1Parser, Qwen3Parser, ThinkParser
 from lightllm_builtin.tool_parsers.calls import CallParser
 from lightllm_builtin.tool_parsers.llama3 import Llama3Parser
@@ -28,7 +29,10 @@ from lightllm_builtin.tool_parsers.qwen25 import Qwen25Parser
 
 PARSERS = {"qwen25": Qwen25Parser, "llama3": Llama3Parser, "mistral": MistralParser}
 ADDED = ("<tool_call>", "</tool_call>", "<think>", "</think>")
-TOKENIZERS = {"tokens": Held(special=("[TOOL_CALLS]", "[ARGS]", "<|python_tag|>"), added=ADDED), "text": Held()}
+TOKENIZERS = {
+    "tokens": TextMatcher(special=("[TOOL_CALLS]", "[ARGS]", "<|python_tag|>"), added=ADDED),
+    "text": TextMatcher(),
+}
 """Markers are tokens, or text like all other."""
 
 WEATHER = {
@@ -127,7 +131,7 @@ forms = pytest.mark.parametrize(("format", "write"), FORMS, ids=[*PARSERS, "mist
 
 @tokenizers
 @forms
-def test_forced_calls(format: str, write: Any, held: Held) -> None:
+def test_forced_calls(format: str, write: Any, held: TextMatcher) -> None:
     many, single = grammar_of(format), grammar_of(format, parallel=False)
     for call in GOOD:
         text = write(format, call)
@@ -146,7 +150,7 @@ def test_forced_calls(format: str, write: Any, held: Held) -> None:
 
 @tokenizers
 @forms
-def test_calls_that_a_model_is_free_to_make(format: str, write: Any, held: Held) -> None:
+def test_calls_that_a_model_is_free_to_make(format: str, write: Any, held: TextMatcher) -> None:
     grammar = grammar_of(format, required=False)
     loose = [("loose", {}), ("loose", {"city": [None], "x": 1}), ("now", {"any": {}})]
     for call in GOOD + loose:
@@ -173,7 +177,7 @@ TEXTS += ["<tool_call", "<tool", "<|python_", "a <b> {c} [d]", '"weather"', '{"n
 @tokenizers
 @formats
 @free
-def test_text_without_a_call_is_free(format: str, held: Held, parallel: bool) -> None:
+def test_text_without_a_call_is_free(format: str, held: TextMatcher, parallel: bool) -> None:
     grammar = grammar_of(format, required=False, parallel=parallel)
     assert [text for text in TEXTS if not held.fits(grammar, text)] == []
     assert all(parse(PARSERS[format](TOOLS), [text]) == ([Text(text)] if text else []) for text in TEXTS)
@@ -238,33 +242,9 @@ def test_mistrals_ids_are_nine_letters_and_digits() -> None:
 
 # --- walks
 
-CLOSING = ("<eos>", '"', "}", "]", "0")
-LONG = 150
 
-
-def walk(data: st.DataObject, held: Held, grammar: Grammar, hints: Sequence[str] = ()) -> str:
-    """A text that the grammar allows. Of the choices some follow a hint as far as it leads, some hasten the end."""
-    random = data.draw(st.randoms(use_true_random=True))
-    haste = random.choice([0.1, 0.3, 0.6])
-    matcher = held.compile(grammar)
-    closing = [held.cuts(text)[0] for text in CLOSING]
-    tokens: list[int] = []
-    allowed = held.allowed(matcher)
-    while not matcher.finished():
-        assert allowed and len(tokens) < 3 * LONG, matcher.error()
-        if len(tokens) > LONG or random.random() < haste:
-            way = next((way for way in closing if way[0] in allowed), allowed[:1])
-        else:
-            way = held.cuts(random.choice(hints))[0] if hints and random.random() < 0.4 else [random.choice(allowed)]
-        if way == [held.eos]:
-            break
-        for token in way:
-            if token not in allowed:
-                break
-            assert matcher.accept(token), matcher.error()
-            tokens.append(token)
-            allowed = held.allowed(matcher)
-    return held.text(tokens)
+def walk(data: st.DataObject, held: TextMatcher, grammar: Grammar, hints: Sequence[str] = ()) -> str:
+    return held.walk(grammar, data.draw(st.randoms(use_true_random=True)), hints=hints)
 
 
 def read(data: st.DataObject, format: str, text: str) -> list[Event]:
@@ -276,27 +256,19 @@ def read(data: st.DataObject, format: str, text: str) -> list[Event]:
     return events
 
 
-def check_calls(events: list[Event], *, required: bool) -> int:
+def check_strict_calls(events: list[Event]) -> int:
+    """How many there are, each of a strict tool being as its schema says."""
     declared = {tool["function"]["name"]: tool["function"] for tool in TOOLS}
     for name, arguments in calls(events):
         assert isinstance(arguments, dict)
-        if required or declared[name]["strict"]:
+        if declared[name]["strict"]:
             Draft202012Validator(declared[name].get("parameters", {"maxProperties": 0})).validate(arguments)
     return len(calls(events))
 
 
-@tokenizers
 @formats
-@pytest.mark.parametrize("parallel", [True, False])
-@walks
-@given(data=st.data())
-def test_whatever_is_written_when_calls_are_forced_is_calls(
-    format: str, held: Held, parallel: bool, data: st.DataObject
-) -> None:
-    text = walk(data, held, grammar_of(format, parallel=parallel))
-    events = read(data, format, text)
-    assert not any(isinstance(event, Text) for event in events), text
-    assert 1 <= check_calls(events, required=True) <= (99 if parallel else 1), text
+def test_whatever_is_written_when_calls_are_forced_is_calls_that_are_read(format: str) -> None:
+    check_call_grammar(PARSERS[format], TOOLS)
 
 
 @tokenizers
@@ -305,13 +277,13 @@ def test_whatever_is_written_when_calls_are_forced_is_calls(
 @walks
 @given(data=st.data())
 def test_whatever_is_written_freely_is_text_and_calls_that_keep_to_strict_schemas(
-    format: str, held: Held, parallel: bool, data: st.DataObject
+    format: str, held: TextMatcher, parallel: bool, data: st.DataObject
 ) -> None:
     begun = [answer(format, (name, {})).partition(": {}")[0] + ": " for name in ("weather", ODD, "loose")]
     begun += ["[TOOL_CALLS]now[ARGS]{", "Hi", *TEXTS[2:8]]
     text = walk(data, held, grammar_of(format, required=False, parallel=parallel), begun)
     events = read(data, format, text)
-    made = check_calls(events, required=False)
+    made = check_strict_calls(events)
     assert parallel or made <= 1
     if not made:
         assert content(events) == text
@@ -335,7 +307,7 @@ ANSWERS = [(OneOf((Fixed("yes"), Fixed("no"))), "yes"), (g.json(WEATHER), '{"cit
 @tokenizers
 @pytest.mark.parametrize(("kind", "prompt", "good", "bad"), PROMPTS)
 def test_thoughts_and_answers(
-    kind: type[ThinkParser], prompt: str, good: list[str], bad: list[str], held: Held
+    kind: type[ThinkParser], prompt: str, good: list[str], bad: list[str], held: TextMatcher
 ) -> None:
     for grammar, text in ANSWERS:
         parser = kind(prompt)
@@ -354,7 +326,7 @@ def test_thoughts_and_answers(
 
 
 @pytest.mark.parametrize("held", TOKENIZERS.values())
-def test_a_thought_taken_for_granted_may_still_be_opened(held: Held) -> None:
+def test_a_thought_taken_for_granted_may_still_be_opened(held: TextMatcher) -> None:
     assert held.fits(DeepSeekR1Parser(TAKEN).grammar(Fixed("yes")), "<think>\nHm.\n</think>\n\nyes")
 
 
@@ -364,7 +336,9 @@ bits = st.sampled_from(["<think", "</think", "</", "<", "a", "天", " ", "\n", "
 @tokenizers
 @walks
 @given(data=st.data(), thought=st.lists(bits, max_size=12).map("".join), breaks=st.integers(0, 2))
-def test_any_thought_may_come_before_any_answer(held: Held, data: st.DataObject, thought: str, breaks: int) -> None:
+def test_any_thought_may_come_before_any_answer(
+    held: TextMatcher, data: st.DataObject, thought: str, breaks: int
+) -> None:
     kind, prompt, good, _ = data.draw(st.sampled_from(PROMPTS))
     calling = grammar_of("qwen25", TOOLS[:2])
     text = walk(data, held, calling)

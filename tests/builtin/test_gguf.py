@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,13 +21,14 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Conf
 from transformers.integrations.gguf.dequant import dequantize as transformers_dequantize
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from lightllm import ModelInfo, UserError
-from lightllm.assemble import adapters
+from lightllm import ModelInfo, ModelRecord, UserError, hookimpl
+from lightllm.assemble import open_checkpoint
 from lightllm.nn.rope import Rope
 from lightllm.plugins import Plugins
+from lightllm.selection import adapters, model_record
 from lightllm_builtin.gguf import matches
 from lightllm_builtin.gguf.checkpoint import GGUFCheckpoint
-from lightllm_builtin.gguf.header import read_header
+from lightllm_builtin.gguf.header import Header, read_header
 from lightllm_builtin.gguf.weights import GGUFWeights, read_tensor
 
 Kind = GGMLQuantizationType
@@ -239,6 +241,56 @@ def test_an_architecture_we_do_not_know_goes_by_its_own_name(tmp_path: Path) -> 
     writer.write_tensors_to_file()
     writer.close()
     assert info_of(tmp_path).architecture == "mamba"
+
+
+class Reversed:
+    """`lightllm_builtin.gguf.adapter.Adapter` of a model plugin: its files hold every tensor the other way round."""
+
+    def __init__(self, file: Header) -> None:
+        self.file = file
+
+    def config(self) -> dict[str, Any]:
+        depth = self.file.field("ssm.state_size")
+        return {"architectures": ["MambaForCausalLM"], "model_type": "mamba", "state_size": depth, "hidden_size": 7}
+
+    def tensor(self, name: str, values: Tensor) -> Tensor:
+        return values.flip(0) if name == "token_embd.weight" else values
+
+
+def test_a_model_plugins_adapter_says_what_its_files_mean(tmp_path: Path) -> None:
+    file = tmp_path / "m.gguf"
+    writer = GGUFWriter(file, "mamba")
+    writer.add_block_count(1)
+    writer.add_embedding_length(4)
+    writer.add_ssm_state_size(5)
+    table = np.arange(8, dtype=np.float32).reshape(2, 4)
+    writer.add_tensor("token_embd.weight", table)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    record = ModelRecord(
+        name="mamba",
+        target=f"{__name__}:Reversed",
+        architectures=("MambaForCausalLM",),
+        adapters={"gguf/mamba": f"{__name__}:Reversed"},
+    )
+    plugin = ModuleType("mamba_plugin")
+    vars(plugin)["lightllm_models"] = hookimpl(specname="lightllm_models")(lambda: [record])
+    plugins = Plugins.discover(extra=[("mamba", plugin)])
+    provided, _, info = open_checkpoint(plugins, file)
+    assert info.architecture == "MambaForCausalLM"
+    assert info.config["state_size"] == 5
+    assert info.config["hidden_size"] == 7  # the adapter's word goes before the file's
+    tensors = dict(
+        plugins.load(provided)(file, info, adapters(plugins, provided)).tensors(["backbone.embeddings.weight"])
+    )
+    assert torch.equal(tensors["backbone.embeddings.weight"], torch.from_numpy(table[::-1].copy()))
+
+    _, _, unadapted = open_checkpoint(PLUGINS, file)
+    with pytest.raises(UserError, match="no model plugin serves the architecture 'mamba'"):
+        model_record(PLUGINS, unadapted)
 
 
 def test_a_value_per_layer_is_taken_where_all_agree(tmp_path: Path) -> None:
@@ -476,33 +528,39 @@ def test_the_cut_of_llama3_is_its_own_tokenizers(tmp_path: Path) -> None:
         assert [place for _, place in cut(text)] == [place for _, place in expected(text)], text
 
 
-@pytest.fixture(scope="module")
-def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def trained_sentencepiece(folder: Path, *user_defined: str, **options: Any) -> Any:
     spm = pytest.importorskip("sentencepiece")
-    folder = tmp_path_factory.mktemp("spm")
     (folder / "corpus.txt").write_text("\n".join(line.strip() for line in TEXTS) * 20, encoding="utf-8")
     spm.SentencePieceTrainer.train(
         input=str(folder / "corpus.txt"), model_prefix=str(folder / "m"), vocab_size=600, model_type="bpe",
         byte_fallback=True, hard_vocab_limit=False, normalization_rule_name="identity", minloglevel=2,
-        remove_extra_whitespaces=False, user_defined_symbols=["[INST]"], character_coverage=0.98, split_digits=True,
+        remove_extra_whitespaces=False, user_defined_symbols=list(user_defined), character_coverage=0.98,
+        split_digits=True, **options,
     )  # fmt: skip
     return spm.SentencePieceProcessor(model_file=str(folder / "m.model"))
 
 
+@pytest.fixture(scope="module")
+def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return trained_sentencepiece(tmp_path_factory.mktemp("spm"), "[INST]")
+
+
+@pytest.fixture(scope="module")
+def gemmas_kind(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """No space before a text; runs of spaces and line ends, and some tags, are pieces that never merge."""
+    runs = ["▁" * i for i in range(2, 9)] + ["\n" * i for i in range(1, 6)] + ["\t"]
+    return trained_sentencepiece(tmp_path_factory.mktemp("spm"), *runs, "<turn>", "</h1>", add_dummy_prefix=False)
+
+
 def write_sentencepiece(file: Path, model: Any, **fields: Any) -> None:
-    count = model.get_piece_size()
-    kinds = [
-        TokenType.BYTE if model.is_byte(i)
-        else TokenType.CONTROL if model.is_control(i)
-        else TokenType.UNKNOWN if model.is_unknown(i)
-        else TokenType.USER_DEFINED if model.id_to_piece(i) == "[INST]"
-        else TokenType.NORMAL
-        for i in range(count)
-    ]  # fmt: skip
-    tokens = [model.id_to_piece(i) for i in range(count)]
-    scores = [model.get_score(i) for i in range(count)]
+    """As llama.cpp's converter does: types are sentencepiece's own, and what is user-defined has its spaces back."""
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    pieces = ModelProto.FromString(model.serialized_model_proto()).pieces
+    tokens = [p.piece.replace("▁", " ") if p.type == TokenType.USER_DEFINED else p.piece for p in pieces]
+    scores, types = [p.score for p in pieces], [p.type for p in pieces]
     write_vocabulary(
-        file, "llama", tokens, scores=scores, types=kinds, bos_token_id=1, eos_token_id=2, unknown_token_id=0, **fields
+        file, "llama", tokens, scores=scores, types=types, bos_token_id=1, eos_token_id=2, unknown_token_id=0, **fields
     )
 
 
@@ -514,6 +572,16 @@ def test_sentencepieces_vocabulary_is_read_as_sentencepiece_reads_it(tmp_path: P
             continue  # a prefix space alone: llama.cpp and sentencepiece add none
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         assert ids == sentencepiece_model.encode(text), (text, tokenizer.encode(text).tokens)
+        assert tokenizer.decode(ids) == text
+
+
+def test_gemmas_kind_of_vocabulary_is_read_as_sentencepiece_reads_it(tmp_path: Path, gemmas_kind: Any) -> None:
+    write_sentencepiece(tmp_path / "m.gguf", gemmas_kind, add_space_prefix=False)
+    tokenizer = checkpoint_of(tmp_path).tokenizer()
+    runs = ["a" + " " * i + "b" + "\n" * j + "c" for i in range(1, 20) for j in range(7)]
+    for text in [*AWKWARD, *runs, "<turn>user\n  hi</h1> there\t\t x<turn>"]:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        assert ids == gemmas_kind.encode(text), (text, tokenizer.encode(text).tokens)
         assert tokenizer.decode(ids) == text
 
 

@@ -9,7 +9,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,96 +17,18 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from lightllm import GrammarMatcher
 from lightllm import grammar as g
 from lightllm.grammar import Fixed, Grammar, Joined, Marker, OneOf, Regex, Repeated, Rules, Trigger, Triggered
-from lightllm.tokenizer import level_bytes
+from lightllm.testing import TextMatcher, check_grammar_backend
+from lightllm.testing.grammars import bits
 from lightllm_builtin.grammar.backend import Llguidance
 from lightllm_builtin.grammar.lark import modest
-
-MERGED = ('{"', '":', ', "', '"}', "}\n", "</", ": ", "true", "ab", "l>", "天气", '{"name": "')
-"""Words that are one token."""
 
 deep = settings(max_examples=25, deadline=None)
 
 
-class Held:
-    """A byte-level BPE tokenizer with ``special`` and other ``added`` tokens, and the backend over it."""
-
-    def __init__(self, special: Sequence[str] = (), added: Sequence[str] = ()) -> None:
-        chars = {level_bytes(char)[0]: char for char in pre_tokenizers.ByteLevel.alphabet()}
-        vocab = {chars[byte]: byte for byte in range(256)}
-        merges = {}  # in the order of their ranks
-        for word in MERGED:
-            text = "".join(chars[byte] for byte in word.encode())
-            for end in range(2, len(text) + 1):
-                vocab.setdefault(text[:end], len(vocab))
-                merges[text[: end - 1], text[end - 1]] = None
-        self.raw = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
-        self.raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        self.raw.decoder = decoders.ByteLevel()
-        self.raw.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in ("<eos>", *special)])
-        self.raw.add_tokens([AddedToken(text, special=False, normalized=False) for text in added])
-        self.size = self.raw.get_vocab_size()
-        self.eos = self.id("<eos>")
-        self._names = re.compile(f"({'|'.join(map(re.escape, ('<eos>', *special, *added)))})")
-        self.backend = Llguidance(self.raw, self.size, [self.eos])
-        self.compile = self.backend.compile
-
-    def id(self, text: str) -> int:
-        token = self.raw.token_to_id(text)
-        assert token is not None
-        return token
-
-    def cuts(self, text: str, *, spelled: bool = False) -> list[list[int]]:
-        """The text in the tokenizer's own tokens, and in bytes. ``spelled``: special tokens' names are text, too."""
-        if spelled:
-            return [list(text.encode())]
-        cuts: list[list[int]] = [[], []]
-        for i, part in enumerate(self._names.split(text)):
-            ways = [[self.id(part)]] * 2 if i % 2 else [self.raw.encode(part).ids, list(part.encode())]
-            for cut, way in zip(cuts, ways, strict=True):
-                cut += way
-        return cuts
-
-    def text(self, tokens: Sequence[int]) -> str:
-        return self.raw.decode(tokens, skip_special_tokens=False)
-
-    def allowed(self, matcher: GrammarMatcher) -> list[int]:
-        """The tokens that may come next."""
-        masks = torch.zeros(1, -(-self.size // 32), dtype=torch.int32)
-        self.backend.fill([matcher], masks)
-        return bits(masks[0])
-
-    def follow(self, matcher: GrammarMatcher, tokens: Iterable[int], *, own: bool = True) -> bool:
-        """Whether the matcher goes on by all of them. Where only one text can follow, masks may offer nothing but the
-        tokenizer's ``own`` cut of it; others can still be accepted."""
-        for token in tokens:
-            allowed = self.allowed(matcher)
-            if token not in allowed and (own or matcher.forced()[:1] != allowed):
-                return False
-            if not matcher.accept(token):
-                return False
-        return True
-
-    def fits(self, grammar: Grammar, text: str, *, spelled: bool = False) -> bool:
-        """Whether the text is a whole answer; the same in all its cuts."""
-        found = []
-        for i, tokens in enumerate(self.cuts(text, spelled=spelled)):
-            matcher = self.compile(grammar)
-            going = self.follow(matcher, tokens, own=i == 0 and not spelled)
-            found.append(going and (matcher.finished() or self.eos in self.allowed(matcher)))
-        assert len(set(found)) == 1, (text, found)
-        return found[0]
-
-
-def bits(mask: torch.Tensor) -> list[int]:
-    return ((mask[:, None] >> torch.arange(32)) & 1).flatten().nonzero().flatten().tolist()
-
-
-HELD = Held(special=("[TOOL_CALLS]", "[ARGS]"), added=("<tool_call>",))
+HELD = TextMatcher(special=("[TOOL_CALLS]", "[ARGS]"), added=("<tool_call>",))
 SERVER = Llguidance(None, HELD.size, [HELD.eos])
 
 fits, compile = HELD.fits, HELD.compile
@@ -126,6 +47,10 @@ def bug(*values: Any, why: str) -> Any:
 
 def named(value: Any) -> str:
     return str(value)[:60] if isinstance(value, Grammar) else ""
+
+
+def test_it_keeps_the_rules_of_grammar_backends() -> None:
+    check_grammar_backend(Llguidance)
 
 
 # --- every kind of grammar: what fits, and what does not
@@ -201,7 +126,7 @@ def test_what_fits(grammar: Grammar, good: list[str], bad: list[str]) -> None:
 
 
 def test_a_marker_is_a_token_where_there_is_such_a_token() -> None:
-    plain = Held()
+    plain = TextMatcher()
     for text in ("[ARGS]", "<tool_call>"):
         assert plain.fits(Marker(text), text)
         assert not fits(Marker(text), text, spelled=True)

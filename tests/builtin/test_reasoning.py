@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from lightllm import CallArguments, CallStart, Event, Reasoning, Text
 from lightllm.chat import OutputParser, merged
+from lightllm.testing import check_reasoning_parser
+from lightllm.testing.parsers import joined
 from lightllm_builtin.reasoning import lightllm_reasoning_parsers
-from lightllm_builtin.reasoning.think import DeepSeekR1Parser, Qwen3Parser, ThinkParser
+from lightllm_builtin.reasoning.think import DeepSeekR1Parser, Qwen3Parser
 from lightllm_builtin.tool_parsers.qwen25 import Qwen25Parser
 
 PARSERS = {"deepseek_r1": DeepSeekR1Parser, "qwen3": Qwen3Parser}
@@ -23,11 +25,7 @@ SKIPPED = "<think>\n\n</think>\n\n"
 
 
 def parse(format: str, prompt: str, pieces: list[str]) -> list[Event]:
-    parser: ThinkParser = PARSERS[format](prompt)
-    events: list[Event] = []
-    for piece in pieces:
-        events += parser.push(piece)
-    return merged([*events, *parser.close()])
+    return joined(lambda: PARSERS[format](prompt), (Text, Reasoning), pieces)
 
 
 def thought(reasoning: str, content: str = "") -> list[Event]:
@@ -89,11 +87,14 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("size", [None, 1, 3, 7])
 @pytest.mark.parametrize(("format", "prompt", "text", "expected"), CASES)
-def test_answers(format: str, prompt: str, text: str, expected: list[Event], size: int | None) -> None:
-    size = size or max(len(text), 1)
-    assert parse(format, prompt, [text[i : i + size] for i in range(0, len(text), size)]) == expected
+def test_answers(format: str, prompt: str, text: str, expected: list[Event]) -> None:
+    reasoning, content = [
+        "".join(event.text for event in expected if isinstance(event, kind)) for kind in (Reasoning, Text)
+    ]
+    said = {"reasoning": reasoning, "content": content}
+    check_reasoning_parser(PARSERS[format], text, prompt=prompt, **said, grammar=False)
+    assert parse(format, prompt, [text]) == expected
 
 
 bits = st.sampled_from(["<think>", "</think>", "<thi", "nk>", "</", " ", "\n", "\t", "a", "天", "😀", "<"])

@@ -156,6 +156,21 @@ def test_buffers_of_older_checkpoints_and_what_the_model_ignores_are_skipped() -
         load_weights(Tiny(), Source(*complete().items(), *extra))
 
 
+def test_names_may_begin_otherwise_in_the_checkpoint() -> None:
+    class Prefixed(Tiny):
+        prefixes: ClassVar[Mapping[str, str]] = {"text.layers.": "layers.", "whole.text.": "", "whole.": "never."}
+
+    tensors = complete()
+    for old, new in (("layers.", "text.layers."), ("", "whole.text.")):
+        renamed = {new + name.removeprefix(old) if name.startswith(old) else name: t for name, t in tensors.items()}
+        model = Prefixed()
+        load_weights(model, Source(*renamed.items()))
+        assert torch.equal(model.scale, tensors["scale"])
+        assert torch.equal(model.layers[1].norm.weight, tensors["layers.1.norm.weight"])
+    with pytest.raises(UserError, match=r"1 tensor \(whole\.sight\)"):  # by its name in the file
+        load_weights(Prefixed(), Source(*tensors.items(), ("whole.sight", torch.zeros(1))))
+
+
 class Head(nn.Module):
     """A head whose weight is the embedding's, with a bias of its own."""
 

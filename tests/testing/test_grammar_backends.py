@@ -104,7 +104,7 @@ class NoTriggers(Llguidance):
 @pytest.mark.parametrize(
     ("backend", "rule"),
     [
-        (Early, "an answer is let through if and only if the grammar allows it, as a whole"),
+        (Early, "fill sets the bits of the tokens that may come"),
         (Loose, "an answer is let through if and only if the grammar allows it, as a whole"),
         (with_matcher(Endless), "a matcher is finished when nothing can follow"),
         (with_matcher(Yes), "accept is False for a token that is not allowed"),

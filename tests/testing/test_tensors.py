@@ -1,4 +1,4 @@
-"""The kit's checks of what touches tensors: built-in parts pass, and of wrong ones each breaks one rule, which is named."""
+"""The kit's checks of what touches tensors: of wrong parts each breaks one rule, which is named."""
 
 from __future__ import annotations
 

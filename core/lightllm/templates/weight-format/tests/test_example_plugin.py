@@ -1,5 +1,6 @@
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ def folder(tmp_path: Path, tiny_llama: Path) -> Path:
     for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
         shutil.copy(tiny_llama / name, tmp_path)
     tensors = load_file(tiny_llama / "model.safetensors")
-    np.savez(tmp_path / "weights.npz", **{name: tensor.numpy() for name, tensor in tensors.items()})
+    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+    np.savez(tmp_path / "weights.npz", **arrays)
     return tmp_path
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lightllm import CallArguments, CallStart, Text
 from lightllm.grammar import Fixed, Grammar, Joined, Json, Marker, OneOf, Repeated, Trigger, Triggered, json
+
+Event = Text | CallStart | CallArguments
 
 END = ">>"
 
@@ -15,56 +18,53 @@ class ExamplePluginParser:
     """`lightllm.ToolParser` and `lightllm.CallGrammar`. A call of a tool that nobody declared is text."""
 
     def __init__(self, tools: Sequence[Mapping[str, Any]]) -> None:
-        self.tools = {f"<<{tool['function']['name']} ": tool["function"] for tool in tools}
-        """What a call begins with -> the tool."""
+        self.tools = {tool["function"]["name"]: tool["function"] for tool in tools}
+        names = "|".join(map(re.escape, self.tools)) or "(?!)"  # which is never found
+        self.begin = re.compile(rf"<<({names}) (?=\{{)")
         self.unread = ""
         self.calls = 0
-        self.state = "text"  # then "arguments" of a call, then its "end"
+        self.state = "text"  # then the "arguments" of a call, then its "end"
         self.depth = 0  # brackets that are open in the arguments
         self.quoted = self.escaped = False  # inside a string of the arguments; after a backslash there
 
-    def push(self, text: str) -> list[Text | CallStart | CallArguments]:
+    def push(self, text: str) -> list[Event]:
         self.unread += text
-        return self._read(ended=False)
+        return list(self._read(ended=False))
 
-    def close(self) -> list[Text | CallStart | CallArguments]:
-        return self._read(ended=True)
+    def close(self) -> list[Event]:
+        return list(self._read(ended=True))
 
-    def _read(self, ended: bool) -> list[Text | CallStart | CallArguments]:
+    def _read(self, ended: bool) -> Iterator[Event]:
         """What the unread text decides. Nothing depends on where a piece of it ended."""
-        events: list[Text | CallStart | CallArguments] = []
-        text = ""
         while self.unread:
             if self.state == "text":
-                if any(self.unread.startswith(begin + "{") for begin in self.tools):
-                    if text:
-                        events.append(Text(text))
-                        text = ""
-                    begin = self.unread[: self.unread.index("{")]
-                    events.append(CallStart(self.calls, self.tools[begin]["name"]))
-                    self.unread = self.unread[len(begin) :]
-                    self.calls += 1
-                    self.state = "arguments"
-                elif not ended and any((begin + "{").startswith(self.unread) for begin in self.tools):
-                    break  # more text will tell
-                else:
-                    # up to where a call could begin
-                    end = self.unread.find("<", 1)
-                    end = len(self.unread) if end < 0 else end
-                    text += self.unread[:end]
+                call = self.begin.search(self.unread)
+                end = call.start() if call else len(self.unread) - (0 if ended else self._undecided())
+                if end:
+                    yield Text(self.unread[:end])
+                if call is None:
                     self.unread = self.unread[end:]
+                    return
+                yield CallStart(self.calls, call[1])
+                self.unread = self.unread[call.end() :]
+                self.calls += 1
+                self.state = "arguments"
             elif self.state == "arguments":
                 end = self._end_of_arguments()
-                events.append(CallArguments(self.calls - 1, self.unread[:end]))
+                yield CallArguments(self.calls - 1, self.unread[:end])
                 self.unread = self.unread[end:]
-            elif not ended and END.startswith(self.unread) and self.unread != END:
-                break
+            elif not ended and len(self.unread) < len(END) and END.startswith(self.unread):
+                return
             else:
                 self.unread = self.unread.removeprefix(END)
                 self.state = "text"
-        if text:
-            events.append(Text(text))
-        return events
+
+    def _undecided(self) -> int:
+        """How many of the last characters may be the beginning of a call."""
+        start = self.unread.rfind("<<")
+        if start >= 0 and any(f"<<{name} {{".startswith(self.unread[start:]) for name in self.tools):
+            return len(self.unread) - start
+        return int(self.unread.endswith("<"))
 
     def _end_of_arguments(self) -> int:
         """How much of the unread text is arguments: up to the bracket that closes the first, if it is there yet."""
@@ -86,18 +86,15 @@ class ExamplePluginParser:
         return len(self.unread)
 
     def grammar(self, *, required: bool, parallel: bool) -> Grammar:
-        """How calls look, for requests that force them."""
+        """How answers look that call the tools, for requests that force or check them."""
+        calls = [
+            (f"<<{name} ", Joined((_arguments(tool, strict=required or bool(tool.get("strict"))), Fixed(END))))
+            for name, tool in self.tools.items()
+        ]
         most = None if parallel else 1
         if required:
-            calls = [
-                Joined((Fixed(begin), _arguments(tool, strict=True), Fixed(END))) for begin, tool in self.tools.items()
-            ]
-            return Repeated(OneOf(tuple(calls)), least=1, most=most)
-        triggers = [
-            Trigger(Marker(begin), Joined((_arguments(tool, strict=bool(tool.get("strict"))), Fixed(END))))
-            for begin, tool in self.tools.items()
-        ]
-        return Triggered(tuple(triggers), most=most)
+            return Repeated(OneOf(tuple(Joined((Fixed(begin), rest)) for begin, rest in calls)), least=1, most=most)
+        return Triggered(tuple(Trigger(Marker(begin), rest) for begin, rest in calls), most=most)
 
 
 def _arguments(tool: Mapping[str, Any], *, strict: bool) -> Json:

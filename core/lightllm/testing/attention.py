@@ -1,0 +1,238 @@
+"""Attention backends against attention written out in float64, one query at a time."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightllm.interfaces import AttentionBackendRecord, AttentionJob, AttentionSpec
+from lightllm.nn.batch import Batch, KVPool
+from lightllm.testing.rules import broken, resolve, shown
+
+SLOTS = 400
+POISON = 1e4
+"""What lies in slots that are nobody's: finite, as what earlier sequences left behind is."""
+
+TOLERANCES = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 3e-2}
+HEADS = ((4, 4), (4, 2), (6, 1), (9, 3), (8, 1))
+HEAD_DIMS = (16, 20, 64, 80, 128)
+WINDOWS = (None, None, 1, 5, 33)
+SOFTCAPS = (None, None, 2.0)
+NEW = (1, 1, 1, 2, 3, 17, 40)
+"""Sizes that are drawn from; GQA ratios among ``HEADS``."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """``sizes``: (tokens cached before, tokens new) of each sequence. ``scattered``: its slots do not follow each
+    other. ``packed``: q, k and v are views of one tensor, as a packed projection leaves them."""
+
+    layers: tuple[AttentionSpec, ...]
+    sizes: tuple[tuple[int, int], ...]
+    scattered: bool
+    packed: bool
+    seed: int
+
+
+def check_attention_backend(
+    backend: Any,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    tolerance: float | None = None,
+    supports: Callable[[AttentionJob], str | None] | None = None,
+    cases: int = 80,
+) -> None:
+    """It computes softmax(softcap(q k^T * scale)) v over the keys each query may see, and keeps its contract.
+
+    ``backend``: the class, or its record. ``tolerance``: absolute, of the output for keys and values of variance 1; by
+    default the dtype's. Jobs that ``supports`` (the record's own unless given) refuses are passed over; refusing all of
+    them is an error. ``cases``: how many are drawn, the same ones each time: prefill and decode in one batch, prompts
+    with a cached beginning, sliding windows, capped scores, kv heads shared by several heads, scattered slots.
+    """
+    if supports is None and isinstance(backend, AttentionBackendRecord):
+        supports = backend.supports
+    target = resolve(backend)
+    if not isinstance(getattr(target, "capturable", None), bool):
+        raise broken("a backend says on its class whether attend may be captured", "capturable: it is no bool")
+    refusals, tried = set(), 0
+    for case in _cases(cases):
+        job = AttentionJob(layers=case.layers, device=device, dtype=dtype, max_model_len=SLOTS)
+        reason = supports(job) if supports else None
+        if reason is None:
+            _check(target, job, case, TOLERANCES[dtype] if tolerance is None else tolerance)
+            tried += 1
+        else:
+            refusals.add(reason)
+    if not tried:
+        raise broken("a backend supports something", *(f"refused: {reason}" for reason in sorted(refusals)))
+
+
+def _cases(count: int) -> Iterator[Case]:
+    draw = random.Random(0)
+    for seed in range(count):
+        heads, kv_heads = HEADS[seed % len(HEADS)]
+        head_dim = draw.choice(HEAD_DIMS)
+        layers = []
+        for layer in range(draw.choice((1, 1, 3))):
+            window, softcap = draw.choice(WINDOWS), draw.choice(SOFTCAPS)
+            layers.append(
+                AttentionSpec(
+                    layer=layer,
+                    heads=heads,
+                    kv_heads=kv_heads,
+                    head_dim=head_dim,
+                    scale=0.3,
+                    window=window,
+                    softcap=softcap,
+                )
+            )
+        sizes: list[tuple[int, int]] = []
+        # now and then a full batch of decodes
+        for _ in range(draw.randint(1, 6) if seed % 10 else 24):
+            size = (draw.randint(0, 90), draw.choice(NEW)) if seed % 10 else (draw.randint(0, 15), 1)
+            if sum(map(sum, [*sizes, size])) <= SLOTS:
+                sizes.append(size)
+        yield Case(tuple(layers), tuple(sizes), draw.random() < 0.5, draw.random() < 0.5, seed)
+
+
+@contextmanager
+def _poisoned_memory() -> Iterator[None]:
+    """Inside, uninitialised tensors are NaN: what a backend does not write cannot pass for what it should have."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+class _Step:
+    """One step of a case: its tensors, and what should come of them."""
+
+    def __init__(self, job: AttentionJob, case: Case) -> None:
+        self.case, self.sizes = case, case.sizes
+        self.device, self.dtype = job.device, getattr(torch, job.dtype)
+        self.generator = torch.Generator().manual_seed(case.seed)
+        order = torch.randperm(SLOTS, generator=self.generator) if case.scattered else torch.arange(SLOTS)
+        ends = list(accumulate(cached + new for cached, new in self.sizes))
+        starts = [0, *ends[:-1]]
+        self.tables = [order[start:end].to(job.device) for start, end in zip(starts, ends, strict=True)]
+        self.pool = KVPool(job.layers, SLOTS, self.dtype, job.device)
+        self.contexts = [self._context(spec) for spec in job.layers]
+
+    def _normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator).to(self.dtype).to(self.device)
+
+    def _context(self, spec: AttentionSpec) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of every sequence, the cached ones put into the pool."""
+        context = []
+        for held in (self.pool.k[spec.layer], self.pool.v[spec.layer]):
+            held.fill_(POISON)
+        for (cached, _), table in zip(self.sizes, self.tables, strict=True):
+            shape = len(table), spec.kv_heads, spec.head_dim
+            k, v = self._normal(*shape), self._normal(*shape)
+            self.pool.k[spec.layer][table[:cached]], self.pool.v[spec.layer][table[:cached]] = k[:cached], v[:cached]
+            context.append((k, v))
+        return context
+
+    def batch(self, backend: Any) -> Batch:
+        return Batch(
+            slots=torch.cat([table[cached:] for (cached, _), table in zip(self.sizes, self.tables, strict=True)]),
+            query_lengths=[new for _, new in self.sizes],
+            context_lengths=[cached + new for cached, new in self.sizes],
+            tables=self.tables,
+            attention=backend,
+        )
+
+    def inputs(self, spec: AttentionSpec) -> tuple[Tensor, ...]:
+        """q, k, v of the new tokens."""
+        q = self._normal(sum(new for _, new in self.sizes), spec.heads, spec.head_dim)
+        pairs = list(zip(self.sizes, self.contexts[spec.layer], strict=True))
+        k, v = (torch.cat([pair[i][cached:] for (cached, _), pair in pairs]) for i in (0, 1))
+        if self.case.packed:
+            return torch.cat((q, k, v), 1).split((spec.heads, spec.kv_heads, spec.kv_heads), 1)
+        return q, k, v
+
+    def queries(self, spec: AttentionSpec) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Of every new token, in order: where it is, and the keys and values it may see."""
+        for i, ((cached, new), (k, v)) in enumerate(zip(self.sizes, self.contexts[spec.layer], strict=True)):
+            for position in range(cached, cached + new):
+                first = 0 if spec.window is None else max(0, position + 1 - spec.window)
+                yield f"sequence {i}, position {position}", k[first : position + 1], v[first : position + 1]
+
+
+def _check(target: Any, job: AttentionJob, case: Case, tolerance: float) -> None:
+    lie, are = "scattered" if case.scattered else "in order", "views of one tensor" if case.packed else "on their own"
+    facts = [f"job: {job}", f"(cached, new) tokens of the sequences: {case.sizes}; slots {lie}; q, k, v {are}"]
+    with _poisoned_memory(), torch.inference_mode():
+        step = _Step(job, case)
+        backend = target(job, step.pool)
+        batch = step.batch(backend)
+        batch.plan = backend.plan(batch)  # once for all layers
+        for spec in job.layers:
+            where = [*facts, f"layer: {spec}"]
+            q, k, v = step.inputs(spec)
+            before = step.pool.k[spec.layer].clone(), step.pool.v[spec.layer].clone()
+            out = backend.attend(spec, q, k, v, batch)
+            _check_output(out, q, where)
+            for kind, held, old, new in (("keys", step.pool.k, before[0], k), ("values", step.pool.v, before[1], v)):
+                _check_pool(kind, held[spec.layer], old, new, batch.slots, where)
+            for row, (place, keys, values) in enumerate(step.queries(spec)):
+                expected = _one_query(q[row], keys, values, spec)
+                wrong = (out[row].double() - expected).abs().max().item()
+                if not wrong <= tolerance:
+                    raise broken(
+                        "attend gives attention over the keys that a query may see",
+                        *where,
+                        f"{place} (row {row}) is off by {wrong:.3g}, tolerance {tolerance:.3g}",
+                        f"expected: {shown(expected.flatten()[:4].tolist())}, ...",
+                        f"found:    {shown(out[row].flatten()[:4].tolist())}, ...",
+                    )
+
+
+def _one_query(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+    """q [heads, head_dim] over k, v [keys, kv_heads, head_dim], in float64."""
+    group = spec.heads // spec.kv_heads
+    k, v = (t.double().repeat_interleave(group, 1) for t in (k, v))
+    scores = torch.einsum("hd,chd->hc", q.double(), k) * spec.scale
+    if spec.softcap is not None:
+        scores = spec.softcap * (scores / spec.softcap).tanh()
+    return torch.einsum("hc,chd->hd", scores.softmax(-1), v)
+
+
+def _check_output(out: Any, q: Tensor, where: list[str]) -> None:
+    if not isinstance(out, Tensor) or (out.shape, out.dtype, out.device) != (q.shape, q.dtype, q.device):
+        found = f"{list(out.shape)} {out.dtype} on {out.device}" if isinstance(out, Tensor) else shown(out)
+        raise broken(
+            "attend gives a tensor like q: [tokens, heads, head_dim]",
+            *where,
+            f"expected: {list(q.shape)} {q.dtype} on {q.device}",
+            f"found:    {found}",
+        )
+
+
+def _check_pool(kind: str, held: Tensor, old: Tensor, new: Tensor, slots: Tensor, where: list[str]) -> None:
+    """``held``, ``old``: a layer's part of the pool now and before, ``new``: what belongs into ``slots``."""
+    if not torch.equal(held[slots], new):
+        raise broken(f"attend writes each new token's {kind} to its slot (batch.slots)", *where)
+    others = torch.ones(len(held), dtype=torch.bool, device=held.device)
+    others[slots] = False
+    others[-1] = False  # where padding may be written
+    changed = (others & (held != old).flatten(1).any(1)).nonzero().flatten().tolist()
+    if changed:
+        raise broken(
+            "attend changes no slot of the pool but the new tokens' (and the last, which is nobody's)",
+            *where,
+            f"{kind} have changed in the slots {shown(changed, 80)}",
+        )
