@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from distributions import Site, site_in
 
@@ -40,6 +41,11 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     yield from site_in(tmp_path, monkeypatch)
 
 
+def without_plugins(config: Config) -> Config:
+    """Whatever is installed besides may have added options."""
+    return msgspec.structs.replace(config, plugin_options={})
+
+
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     """The configs that `serve` was called with; nothing is served."""
@@ -63,13 +69,13 @@ def listed(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 
 def test_without_a_subcommand_it_serves(served: list[Config]) -> None:
     assert main(["--port", "81", "--tool_call_parser", "x"]) == 0
-    assert served == [Config(port=81, tool_call_parser="x")]
+    assert [without_plugins(config) for config in served] == [Config(port=81, tool_call_parser="x")]
 
 
 def test_a_plugins_option_is_known_when_serving(site: Site, served: list[Config]) -> None:
     site.install("mine-dist", {"mine": "mine_module"}, {"mine_module": PARSER, "mine_work": WORK})
     assert main(["--mine_option", "7"]) == 0
-    assert served[0].plugin_options == {"mine_option": 7}
+    assert served[0].plugin_options["mine_option"] == 7
 
 
 def test_a_blocked_plugins_option_is_unknown(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
@@ -195,7 +201,8 @@ def test_lightllms_own_line_starts_the_same_server_with_every_model_name(
     with pytest.raises(SystemExit) as caught:
         runpy.run_module("lightllm.server.api_server", run_name="__main__")
     assert caught.value.code == 0
-    assert served == [Config(model="DIR", port=8088, tool_call_parser="qwen25", any_model_name=True)]
+    expected = Config(model="DIR", port=8088, tool_call_parser="qwen25", any_model_name=True)
+    assert [without_plugins(config) for config in served] == [expected]
 
 
 def test_the_console_script_reports_a_mistake_with_exit_code_2() -> None:
