@@ -45,11 +45,13 @@ def test_a_built_in_serves_before_others_of_its_priority() -> None:
     assert choose(with_records(samplers=[sampler("other")]), "samplers", "auto").address == "sampling/standard"
 
 
-def test_a_name_that_two_have_must_be_said_in_full() -> None:
+def test_a_name_that_two_have_must_be_said_in_full(caplog: pytest.LogCaptureFixture) -> None:
     plugins = with_records(samplers=[sampler()])
     with pytest.raises(UserError, match=r"say sampling/standard \(lightllm-serve .*\) or mine/standard \(extra\)"):
         choose(plugins, "samplers", "standard")
-    assert choose(plugins, "samplers", "mine/standard").plugin.name == "mine"
+    with caplog.at_level(logging.INFO, "lightllm"):
+        assert choose(plugins, "samplers", "mine/standard").plugin.name == "mine"
+    assert caplog.messages == ["sampler: mine/standard (extra), as asked for"]
 
 
 def executor(name: str, reason: str | None, priority: int = 0) -> ExecutorRecord:

@@ -29,12 +29,13 @@ OPTIONS: Mapping[str, str] = MappingProxyType(
 def choose(plugins: Plugins, kind: str, asked: str, *facts: Any) -> Provided:
     """``facts`` are for the record's ``supports``, which must always agree, or its ``matches``, which counts only under
     ``auto``. Raises UserError."""
+    what = kind.replace("_", " ").removesuffix("s")
     if asked != "auto":
         chosen = plugins.find(kind, asked)
         if hasattr(chosen.record, "supports") and (reason := _why_not(chosen, facts)):
             raise UserError(f"{OPTIONS[kind]} {asked}: {reason}")
+        log.info("%s: %s, as asked for", what, chosen.label)
         return chosen
-    what = kind.replace("_", " ").removesuffix("s")
     best: Provided | None = None
     passed: list[str] = []
     for candidate in sorted(plugins.records(kind), key=lambda p: -p.record.priority):

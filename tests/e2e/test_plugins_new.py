@@ -32,8 +32,8 @@ def install(environment: Environment, cwd: Path, *homes: str) -> None:
 def environment(fresh: Environment) -> Iterator[Environment]:
     """Without the plugins again after the test."""
     yield fresh
-    for name in ("shout", *(f"my-{kind}" for kind in KINDS)):
-        fresh.uninstall(name)
+    names = ["shout", *(f"my-{kind}" for kind in KINDS)]
+    run(str(fresh.python), "-m", "pip", "uninstall", "--quiet", "--yes", *names, cwd=Path.cwd())
 
 
 def test_a_new_parser_is_installed_passes_its_tests_and_is_served(environment: Environment, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ def test_a_server_answers_as_with_its_own(tiny_llama: Path) -> None:
         with serve([example_plugin.__name__], model=tiny_llama, options=options) as server:
             asked = {"max_tokens": 8, "temperature": 0, "logprobs": 0, "ignore_eos": True}
             choice = server.complete("An answer that goes on", **asked)["choices"][0]
+            assert ("attention backend: example-plugin/" in server.log) == bool(options)
             return list(choice["logprobs"]["token_logprobs"])
 
     assert answer("--attention-backend", "example-plugin") == pytest.approx(answer(), abs=1e-3)

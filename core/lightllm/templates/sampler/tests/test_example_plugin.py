@@ -16,6 +16,7 @@ def test_it_samples() -> None:
 
 def test_a_server_draws_with_it(tiny_llama: Path) -> None:
     with serve([example_plugin.__name__], model=tiny_llama, options=["--sampler", "example-plugin"]) as server:
+        assert "sampler: example-plugin/example-plugin" in server.log
 
         def answers(**fields: object) -> list[str]:
             choices = server.complete("Say anything", max_tokens=16, ignore_eos=True, **fields)["choices"]
