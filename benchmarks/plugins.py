@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from servers import RealServer  # noqa: E402
+from lightllm.testing import Server  # noqa: E402
 
 PLUGIN = """
 from lightllm import ToolParserRecord, hookimpl
@@ -49,7 +49,7 @@ def install(folder: Path, count: int) -> None:
 
 def start_seconds(model: str, env: dict[str, str]) -> float:
     begin = time.perf_counter()
-    with RealServer("--model", model, env=env):
+    with Server("--model", model, env=env):
         return time.perf_counter() - begin
 
 

@@ -112,7 +112,7 @@ class PluginChoice(NamedTuple):
 
 
 def read_plugin_choice(argv: Sequence[str], environ: Mapping[str, str]) -> PluginChoice:
-    values = _Given(_core_options(), argv, environ, sure=False).values
+    values = _Given(core_options(), argv, environ, sure=False).values
     given = tuple(str(Path(p).absolute()) if "/" in p or p.endswith(".py") else p for p in values.get("plugin", ()))
     return PluginChoice(values.get("no_plugin", ()), values.get("strict_plugins", False), given)
 
@@ -129,7 +129,7 @@ def read_config(
     ``lightllm_names``: as LightLLM's server does, answer to every model name unless one was given. Raises UsageError
     in one line; SystemExit after printing for ``--help`` and ``--version``.
     """
-    options = _core_options()
+    options = core_options()
     if plugins is not None:
         plugins.add_options(OptionGroup("", options))
     try:
@@ -205,7 +205,7 @@ class _Given:
                 self.values[option.key] = option.convert(value, f"config file {path}: {key}", strict=True)
 
 
-def _core_options() -> dict[str, Option]:
+def core_options() -> dict[str, Option]:
     options: dict[str, Option] = {}
     for field in msgspec.structs.fields(Config):
         if field.name == "plugin_options":

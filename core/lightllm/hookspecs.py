@@ -2,6 +2,9 @@
 
 The name tells the kind: a plural noun lists records, verb_noun stops at the first answer that is not None, and an
 event is for everyone. Hooks run at start-up only: never per request, per step or per token.
+
+Hooks that list records with targets are asked in every process, so that all know the same plugins; "used in" says
+where the targets are imported.
 """
 
 from __future__ import annotations
@@ -48,62 +51,62 @@ hookimpl = pluggy.HookimplMarker("lightllm")
 
 @hookspec
 def lightllm_models() -> Sequence[ModelRecord]:  # type: ignore[empty-body]
-    """Model architectures. Asked in the engine process."""
+    """Model architectures. Used in the engine process."""
 
 
 @hookspec
 def lightllm_attention_backends() -> Sequence[AttentionBackendRecord]:  # type: ignore[empty-body]
-    """Attention kernels over the paged KV pool. Asked in the engine process."""
+    """Attention kernels over the paged KV pool. Used in the engine process."""
 
 
 @hookspec
 def lightllm_samplers() -> Sequence[SamplerRecord]:  # type: ignore[empty-body]
-    """Token samplers. Asked in the engine process."""
+    """Token samplers. Used in the engine process."""
 
 
 @hookspec
 def lightllm_logits_processors() -> Sequence[LogitsProcessorRecord]:  # type: ignore[empty-body]
-    """Logits processors and the request fields they claim. Asked in both processes."""
+    """Logits processors and the request fields they claim. Used in both processes."""
 
 
 @hookspec
 def lightllm_tool_parsers() -> Sequence[ToolParserRecord]:  # type: ignore[empty-body]
-    """Tool-call formats (``--tool-call-parser``). Asked in the server process."""
+    """Tool-call formats (``--tool-call-parser``). Used in the server process."""
 
 
 @hookspec
 def lightllm_reasoning_parsers() -> Sequence[ReasoningParserRecord]:  # type: ignore[empty-body]
-    """Reasoning formats (``--reasoning-parser``). Asked in the server process."""
+    """Reasoning formats (``--reasoning-parser``). Used in the server process."""
 
 
 @hookspec
 def lightllm_weight_formats() -> Sequence[WeightFormatRecord]:  # type: ignore[empty-body]
-    """Checkpoint formats on disk. Asked in both processes."""
+    """Checkpoint formats on disk. Used in both processes."""
 
 
 @hookspec
 def lightllm_linear_methods() -> Sequence[LinearMethodRecord]:  # type: ignore[empty-body]
-    """Ways to hold and multiply linear weights (``--quantization``). Asked in the engine process."""
+    """Ways to hold and multiply linear weights (``--quantization``). Used in the engine process."""
 
 
 @hookspec
 def lightllm_grammar_backends() -> Sequence[GrammarBackendRecord]:  # type: ignore[empty-body]
-    """Compilers of grammars for structured output (``--grammar-backend``). Asked in both processes."""
+    """Compilers of grammars for structured output (``--grammar-backend``). Used in both processes."""
 
 
 @hookspec
 def lightllm_executors() -> Sequence[ExecutorRecord]:  # type: ignore[empty-body]
-    """Where models run (``--executor``). Asked in the engine process."""
+    """Where models run (``--executor``). Used in the engine process."""
 
 
 @hookspec
 def lightllm_listeners(config: Config) -> Sequence[Listener]:  # type: ignore[empty-body]
-    """Observers of requests, in the server process."""
+    """Observers of requests. Used in the server process."""
 
 
 @hookspec
 def lightllm_routes(config: Config) -> Sequence[Any]:  # type: ignore[empty-body]
-    """Litestar route handlers to mount beside the API, in the server process."""
+    """Litestar route handlers to mount beside the API. Used in the server process."""
 
 
 # --- verb_noun: first answer wins
@@ -113,13 +116,13 @@ def lightllm_routes(config: Config) -> Sequence[Any]:  # type: ignore[empty-body
 def lightllm_resolve_model(name: str, revision: str | None, config: Config) -> Path | None:
     """Turn ``--model NAME`` into a folder or file on disk, downloading it if need be; None: not mine.
 
-    Raise `lightllm.UserError` when the name is yours but cannot be had. Asked in the server process.
+    Raise `lightllm.UserError` when the name is yours but cannot be had. Used in the server process.
     """
 
 
 @hookspec(firstresult=True)
 def lightllm_choose_chat_template(info: ModelInfo, config: Config) -> str | None:
-    """A jinja2 chat template to use in place of the checkpoint's own. Asked in the server process."""
+    """A jinja2 chat template to use in place of the checkpoint's own. Used in the server process."""
 
 
 # --- events: everyone
@@ -128,9 +131,9 @@ def lightllm_choose_chat_template(info: ModelInfo, config: Config) -> str | None
 @hookspec
 def lightllm_add_options(group: OptionGroup) -> None:
     """Add command-line options: ``group.add("--my-option", type=int, default=3, help="...")``; read them from
-    ``config.plugin_options["my_option"]``. Asked in both processes."""
+    ``config.plugin_options["my_option"]``. Used in the server process; both get the values."""
 
 
 @hookspec
 def lightllm_lifespan(config: Config) -> AbstractAsyncContextManager[None]:  # type: ignore[empty-body]
-    """A context entered before the server takes requests and left after the last. In the server process."""
+    """A context entered before the server takes requests and left after the last. Used in the server process."""

@@ -108,9 +108,9 @@ class ModelRecord(Record, frozen=True, kw_only=True):
     ``"format/name"`` (what that format calls the architecture) -> the ``"module:attr"`` of what the format asks for,
     such as ``{"gguf/qwen2": "my_qwen2.gguf:Adapter"}``. Imported in both processes, so without torch.
 
-    ``complete`` gives the checkpoint's info back with what its config leaves to the model: defaults, older spellings, the
-    text model's part of a config of several. The core itself reads ``vocab_size``, ``max_position_embeddings``, the RoPE
-    fields, ``eos_token_id`` and ``dtype``. Raises `UserError` for what is not supported. Called in both processes.
+    ``complete`` gives the checkpoint's info back with what its config leaves to the model: defaults, older spellings,
+    the text model's part of a config of several. The core itself reads ``vocab_size``, ``max_position_embeddings``, the
+    RoPE fields, ``eos_token_id`` and ``dtype``. Raises `UserError` for what is not supported. Called in both processes.
     """
 
     architectures: tuple[str, ...]

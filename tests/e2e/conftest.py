@@ -9,8 +9,9 @@ import openai
 import pytest
 from checkpoints import write_checkpoint, write_tokenizer
 from e2e.environment import Environment, build
-from e2e.scripted import PLUGIN, Scripted, write_scripted
-from servers import RealServer
+from e2e.scripted import Scripted
+
+from lightllm.testing import Server, write_scripted
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,13 +26,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def demo() -> Iterator[RealServer]:
-    with RealServer("--model", "demo", "--tool-call-parser", "qwen25") as server:
+def demo() -> Iterator[Server]:
+    with Server("--model", "demo", "--tool-call-parser", "qwen25") as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def api(demo: RealServer) -> Iterator[openai.OpenAI]:
+def api(demo: Server) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{demo.url}/v1", api_key="none", max_retries=0, timeout=280) as client:
         yield client
 
@@ -47,8 +48,6 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> Environment:
 
 @pytest.fixture(scope="session")
 def scripted(fresh: Environment, tmp_path_factory: pytest.TempPathFactory) -> Scripted:
-    """The scripted model, its architecture installed as anyone's would be."""
     folder = tmp_path_factory.mktemp("scripted")
-    fresh.install(build(PLUGIN, folder / "theirs"))
-    write_scripted(folder / "model")
-    return Scripted(fresh, folder / "model")
+    write_scripted(folder)
+    return Scripted(fresh, folder)

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from servers import RealServer
+
+from lightllm.testing import Server
 
 DOCUMENT = (Path(__file__).parent / "data" / "lightllm-openai.txt").read_text(encoding="utf-8")
 EXAMPLES = [
@@ -27,7 +28,7 @@ PORT = 8088
 
 def serve(
     number: int, *, model: str, parser: str | None = None, more: tuple[str, ...] = (), python: str = sys.executable
-) -> RealServer:
+) -> Server:
     """The document's command ``number``, for this model; skips the test where the document's port is taken."""
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", PORT)) == 0:
@@ -36,7 +37,7 @@ def serve(
     options[options.index("--model_dir") + 1] = model
     if parser is not None:
         options[options.index("--tool_call_parser") + 1] = parser
-    return RealServer(*options, *more, command=(python, "-m", module))
+    return Server(*options, *more, command=(python, "-m", module))
 
 
 def run_example(number: int, max_tokens: int = 1000) -> str:

@@ -1,8 +1,4 @@
-"""A server whose model writes exactly what the chat template tells it to, and a strict reading of what it sends.
-
-The architecture is a plugin of its own (scripted_model/), installed as a stranger's would be. The checkpoint is written
-here: its template makes the last message's content the script.
-"""
+"""The kit's scripted model in a stranger's environment, and a strict reading of what its server sends."""
 
 from __future__ import annotations
 
@@ -15,68 +11,13 @@ from typing import Any, NamedTuple
 
 import httpx
 import openai
-import torch
 from e2e.environment import Environment
-from safetensors.torch import save_file
-from servers import RealServer
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-PLUGIN = Path(__file__).parent / "scripted_model"
+from lightllm.testing import Server
+
+PLUGIN = ("--plugin", "lightllm.testing.scripted")
 MODEL = "scripted"
 AT_ONCE = 32
-END, SCRIPT, ANSWER = "<|end|>", "<|script|>", "<|answer|>"
-# written with a bar, as a chat format's: parsers tell by it that a tag before it was somebody's text
-SPECIAL = [END, SCRIPT, ANSWER, "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<|python_tag|>"]
-NOT_SPECIAL = ["<tool_call>", "</tool_call>", "<think>", "</think>"]
-REPEATED = ["[", "]", "-", '{"a": [', "]}"]
-"""What answers in the tables repeat thousands of times: tokens of many of each keep these answers short."""
-LONGEST = 1000
-"""Bytes of a token: llguidance panics at one of more than 1024."""
-
-TEMPLATE = (
-    "{% for message in messages[:-1] %}{{ message['content'] }}{% endfor %}"
-    f"{SCRIPT}{{{{ begun }}}}{{{{ messages[-1]['content'] }}}}{ANSWER}{{{{ begun }}}}"
-)
-"""``begun``: what the prompt has written of the answer already."""
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The checkpoint
-
-
-def write_tokenizer(folder: Path) -> dict[str, int]:
-    """Byte-level BPE: all bytes, few merges, and the marks of several families as real checkpoints have them."""
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokens, merges = sorted(level.alphabet()), []
-    for text in REPEATED:
-        (word, _), *_ = level.pre_tokenize_str(text)
-        merges += [(word[:i], word[i]) for i in range(1, len(word))]
-        while len(word) <= LONGEST // 2:
-            merges.append((word, word))
-            word += word
-    tokens += [left + right for left, right in merges if left + right not in tokens]
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-    tokenizer.pre_tokenizer, tokenizer.decoder = level, decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL])
-    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in NOT_SPECIAL])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return tokenizer.get_vocab()
-
-
-def write_scripted(folder: Path) -> None:
-    folder.mkdir()
-    ids = write_tokenizer(folder)
-    config = {
-        "architectures": ["ScriptedForCausalLM"],
-        "vocab_size": len(ids),
-        "max_position_embeddings": 8192,
-        "script_token_id": ids[SCRIPT],
-        "answer_token_id": ids[ANSWER],
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids[END]}))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": END}))
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    save_file({"embed.weight": torch.eye(len(ids), 8)}, folder / "model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -86,9 +27,9 @@ class Scripted:
     environment: Environment
     folder: Path
 
-    def serve(self, *options: str) -> RealServer:
+    def serve(self, *options: str) -> Server:
         model = ["--model", str(self.folder), "--served-model-name", MODEL]
-        return RealServer(*model, *options, command=self.environment.command())
+        return Server(*model, *PLUGIN, *options, command=self.environment.command())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,7 +138,7 @@ class Asked(NamedTuple):
     streamed: Future[list[Said]]
 
 
-def ask_all(server: RealServer, requests: Iterable[dict[str, Any]]) -> list[Asked]:
+def ask_all(server: Server, requests: Iterable[dict[str, Any]]) -> list[Asked]:
     """Each request whole, by the official client and at temperature 1, and streamed, by none and at temperature 0."""
     limits = httpx.Limits(max_connections=AT_ONCE)
     with (

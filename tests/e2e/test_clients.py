@@ -20,7 +20,8 @@ from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, Huma
 from langchain_core.tools import BaseTool, tool
 from langchain_openai import ChatOpenAI
 from pydantic import BaseModel, Field
-from servers import RealServer
+
+from lightllm.testing import Server
 
 QUESTION: list[Any] = [{"role": "user", "content": "Invent some data."}]
 ASK: dict[str, Any] = {"model": "demo", "messages": QUESTION, "temperature": 1, "seed": 1, "max_tokens": 300}
@@ -139,7 +140,7 @@ def test_the_result_of_a_call_is_sent_back_and_answered(api: openai.OpenAI) -> N
     assert reply.choices[0].message.content
 
 
-def test_the_async_client_parses_and_streams(demo: RealServer) -> None:
+def test_the_async_client_parses_and_streams(demo: Server) -> None:
     async def run() -> tuple[Any, Any]:
         async with openai.AsyncOpenAI(base_url=f"{demo.url}/v1", api_key="none", max_retries=0) as client:
 
@@ -177,7 +178,7 @@ LANGCHAIN_TOOLS: dict[str, BaseTool] = {"forecast": forecast, "remember": rememb
 
 
 @pytest.fixture
-def chat(demo: RealServer) -> ChatOpenAI:
+def chat(demo: Server) -> ChatOpenAI:
     return ChatOpenAI(
         base_url=f"{demo.url}/v1", api_key="none", model="demo", temperature=1, seed=1, max_tokens=300, max_retries=0
     )
@@ -262,7 +263,7 @@ def node_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_node_client_finds_all_it_needs(demo: RealServer, node_folder: Path) -> None:
+def test_the_node_client_finds_all_it_needs(demo: Server, node_folder: Path) -> None:
     done = subprocess.run(
         ["node", "client.mjs", demo.url], cwd=node_folder, capture_output=True, text=True, timeout=120
     )

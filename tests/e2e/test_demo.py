@@ -14,22 +14,23 @@ import httpx
 import openai
 import pytest
 from demo import export_demo
-from servers import RealServer
+
+from lightllm.testing import Server
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
 @pytest.fixture(scope="module")
-def demo() -> Iterator[RealServer]:
-    with RealServer("--model", "demo") as server:
+def demo() -> Iterator[Server]:
+    with Server("--model", "demo") as server:
         yield server
 
 
-def client(server: RealServer) -> openai.OpenAI:
+def client(server: Server) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
 
-def answer(server: RealServer) -> str:
+def answer(server: Server) -> str:
     with client(server) as api:
         model = api.models.list().data[0].id
         reply = api.chat.completions.create(model=model, messages=QUESTION, temperature=0, max_tokens=40)
@@ -37,7 +38,7 @@ def answer(server: RealServer) -> str:
     return reply.choices[0].message.content
 
 
-def test_the_capital_of_france_is_paris_whole_and_streamed(demo: RealServer) -> None:
+def test_the_capital_of_france_is_paris_whole_and_streamed(demo: Server) -> None:
     whole = answer(demo)
     assert "Paris" in whole
     with client(demo) as api:
@@ -45,7 +46,7 @@ def test_the_capital_of_france_is_paris_whole_and_streamed(demo: RealServer) -> 
         assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == whole
 
 
-def test_the_readmes_examples_print_what_it_says(demo: RealServer) -> None:
+def test_the_readmes_examples_print_what_it_says(demo: Server) -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     examples = re.findall(r"```python\n((?:(?!```).)*?)```\n\n(?:and )?prints `(.*?)`", readme, re.DOTALL)
     assert len(examples) == 2
@@ -58,10 +59,10 @@ def test_the_readmes_examples_print_what_it_says(demo: RealServer) -> None:
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"])
 def test_the_same_weights_as_safetensors_give_the_same_answer_in_every_family(
-    demo: RealServer, architecture: str, tmp_path: Path
+    demo: Server, architecture: str, tmp_path: Path
 ) -> None:
     export_demo(tmp_path, architecture)
-    with RealServer("--model", str(tmp_path)) as server:
+    with Server("--model", str(tmp_path)) as server:
         assert answer(server) == answer(demo)
 
 
@@ -90,7 +91,7 @@ async def one(http: httpx.AsyncClient, url: str, i: int, stream: bool) -> str:
     return text
 
 
-def test_64_concurrent_streams_equal_their_answers_alone(demo: RealServer) -> None:
+def test_64_concurrent_streams_equal_their_answers_alone(demo: Server) -> None:
     async def run() -> tuple[list[str], list[str]]:
         limits = httpx.Limits(max_connections=64)
         async with httpx.AsyncClient(timeout=300, limits=limits) as http:

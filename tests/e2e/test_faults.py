@@ -12,7 +12,9 @@ import httpx
 import pytest
 from checkpoints import write_checkpoint, write_tokenizer
 from distributions import Site
-from servers import RealServer, run_command
+from servers import run_command
+
+from lightllm.testing import Server
 
 DECLARED = """
     from contextlib import asynccontextmanager
@@ -92,13 +94,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(site: Site, model: Path) -> Iterator[RealServer]:
+def server(site: Site, model: Path) -> Iterator[Server]:
     arguments = ["--model", str(model), "--served-model-name", "m", "--tool-call-parser", "faulty/fragile"]
-    with RealServer(*arguments, env={"PYTHONPATH": str(site.folder)}) as server:
+    with Server(*arguments, env={"PYTHONPATH": str(site.folder)}) as server:
         yield server
 
 
-def post(server: RealServer, path: str = "completions", **fields: Any) -> httpx.Response:
+def post(server: Server, path: str = "completions", **fields: Any) -> httpx.Response:
     body = {"model": "m", "max_tokens": 40, "temperature": 0, "ignore_eos": True, "logit_bias": {"13": -100}} | fields
     if "messages" not in body:
         body.setdefault("prompt", "w1 w7")
@@ -137,7 +139,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_it_fails_its_request_and_no_other(server: RealServer, fault: str) -> None:
+def test_it_fails_its_request_and_no_other(server: Server, fault: str) -> None:
     path, fields, who, what = FAULTS[fault]
     alone = post(server, max_tokens=120).json()["choices"][0]["text"]
     beside: list[httpx.Response] = []
@@ -159,17 +161,17 @@ def test_it_fails_its_request_and_no_other(server: RealServer, fault: str) -> No
     assert httpx.get(f"{server.url}/health").status_code == 200
 
 
-def test_in_a_stream_the_error_is_its_last_event(server: RealServer) -> None:
+def test_in_a_stream_the_error_is_its_last_event(server: Server) -> None:
     lines = post(server, prompt="w5 w13", stream=True).text.split("\n\n")
     assert f"the model faulty/faulty ({NAME}) failed: ValueError: thirteen" in lines[-2]
 
 
-def test_a_listener_that_fails_is_logged_and_nothing_else(server: RealServer) -> None:
+def test_a_listener_that_fails_is_logged_and_nothing_else(server: Server) -> None:
     assert post(server).status_code == 200
     assert f"the listener ear of plugin faulty ({NAME}) failed in on_finish: OSError: deaf" in server.log
 
 
-def test_a_route_that_fails_is_named_and_keeps_its_secrets(server: RealServer) -> None:
+def test_a_route_that_fails_is_named_and_keeps_its_secrets(server: Server) -> None:
     answer = httpx.get(f"{server.url}/faulty")
     assert answer.status_code == 500
     assert f"Plugin faulty ({NAME}) failed in GET /faulty" in answer.json()["error"]["message"]

@@ -12,19 +12,20 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from servers import RealServer
+
+from lightllm.testing import Server
 
 LONG = {"prompt": "w5 w6", "max_tokens": 200, "ignore_eos": True, "stream": True}
 SHORT = {"prompt": "w5 w6", "max_tokens": 5, "ignore_eos": True, "temperature": 0}
 
 
 @pytest.fixture
-def server(checkpoint: Path) -> Iterator[RealServer]:
-    with RealServer("--model", str(checkpoint), "--max-running-requests", "1") as running:
+def server(checkpoint: Path) -> Iterator[Server]:
+    with Server("--model", str(checkpoint), "--max-running-requests", "1") as running:
         yield running
 
 
-def complete(server: RealServer, **fields: object) -> httpx.Response:
+def complete(server: Server, **fields: object) -> httpx.Response:
     return httpx.post(f"{server.url}/v1/completions", json=SHORT | fields, timeout=60)
 
 
@@ -35,12 +36,12 @@ def until(condition: Callable[[], bool], seconds: float = 30) -> None:
         time.sleep(0.02)
 
 
-def engine_of(server: RealServer) -> psutil.Process:
+def engine_of(server: Server) -> psutil.Process:
     (engine,) = [child for child in server.children() if "engine" in child.cmdline()]
     return engine
 
 
-def test_a_client_that_leaves_makes_room_at_once(server: RealServer) -> None:
+def test_a_client_that_leaves_makes_room_at_once(server: Server) -> None:
     # one runs at a time, and these four would each take the whole pool's time: only their end lets the last one in
     for stream in (True, False, True, False):
         body = LONG | {"n": 100, "stream": stream}
@@ -56,7 +57,7 @@ def test_a_client_that_leaves_makes_room_at_once(server: RealServer) -> None:
     assert time.monotonic() - began < 10
 
 
-def test_an_engine_that_dies_is_replaced_and_its_requests_are_told(server: RealServer) -> None:
+def test_an_engine_that_dies_is_replaced_and_its_requests_are_told(server: Server) -> None:
     before = complete(server).json()["choices"][0]["text"]
     first = engine_of(server)
     with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG | {"n": 100}, timeout=60) as response:
@@ -71,7 +72,7 @@ def test_an_engine_that_dies_is_replaced_and_its_requests_are_told(server: RealS
     assert complete(server).json()["choices"][0]["text"] == before
 
 
-def test_while_there_is_no_engine_the_answer_is_503(server: RealServer) -> None:
+def test_while_there_is_no_engine_the_answer_is_503(server: Server) -> None:
     engine_of(server).suspend()
     engine = engine_of(server)
     engine.kill()
@@ -84,7 +85,7 @@ def test_while_there_is_no_engine_the_answer_is_503(server: RealServer) -> None:
     until(lambda: complete(server).status_code == 200)
 
 
-def test_sigterm_lets_answers_finish_and_leaves_nothing_behind(server: RealServer) -> None:
+def test_sigterm_lets_answers_finish_and_leaves_nothing_behind(server: Server) -> None:
     found: list[str] = []
 
     def read() -> None:
@@ -104,14 +105,14 @@ def test_sigterm_lets_answers_finish_and_leaves_nothing_behind(server: RealServe
     assert "Traceback" not in server.log
 
 
-def test_interrupting_it_ends_with_130(server: RealServer) -> None:
+def test_interrupting_it_ends_with_130(server: Server) -> None:
     assert server.process is not None
     server.process.send_signal(signal.SIGINT)
     assert server.process.wait(30) == 130
     assert "Traceback" not in server.log
 
 
-def test_killing_the_server_ends_the_engine(server: RealServer) -> None:
+def test_killing_the_server_ends_the_engine(server: Server) -> None:
     assert server.process is not None
     engine = engine_of(server)
     directory = Path(engine.cmdline()[-1])
@@ -122,7 +123,7 @@ def test_killing_the_server_ends_the_engine(server: RealServer) -> None:
     assert not directory.exists()
 
 
-def test_an_engine_that_cannot_be_kept_alive_ends_the_server_with_one_line(server: RealServer) -> None:
+def test_an_engine_that_cannot_be_kept_alive_ends_the_server_with_one_line(server: Server) -> None:
     assert server.process is not None
     for _ in range(6):
         until(lambda: server.process.poll() is not None or bool(server.children()), 60)

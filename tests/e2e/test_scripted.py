@@ -14,9 +14,9 @@ import pytest
 from builtin.test_reasoning import CASES as REASONING_CASES
 from builtin.tool_cases import CASES, DECLARED, PARIS, WEATHER, Case
 from e2e.scripted import Asked, Said, Scripted, ask_all, script
-from servers import RealServer
 
 from lightllm import Event, Reasoning, Text
+from lightllm.testing import Server
 
 TOOLS = [{"type": "function", "function": {"name": name}} for name in DECLARED]
 
@@ -175,23 +175,23 @@ def test_thoughts(thoughts: Callable[[str], list[Asked]], parser: str, number: i
 
 
 @pytest.fixture(scope="module")
-def cramped(scripted: Scripted) -> Iterator[RealServer]:
+def cramped(scripted: Scripted) -> Iterator[Server]:
     """With a cache of a few answers and steps of less than a prompt."""
     options = ["--max-total-tokens", "1500", "--max-batch-tokens", "64", "--tool-call-parser", "qwen25"]
     with scripted.serve(*options) as server:
-        assert "scripted-model 0.1.0" in server.log
+        assert "ScriptedForCausalLM (scripted/scripted (--plugin lightllm.testing.scripted))" in server.log
         yield server
         assert "Traceback" not in server.log
 
 
-def ask(server: RealServer, text: str, **fields: Any) -> dict[str, Any]:
+def ask(server: Server, text: str, **fields: Any) -> dict[str, Any]:
     answer = httpx.post(f"{server.url}/v1/chat/completions", json=script(text, **fields), timeout=60)
     assert answer.status_code == 200, answer.text
     return answer.json()
 
 
 def test_the_script_is_followed_in_full_batches_when_prompts_come_in_chunks_and_answers_are_preempted(
-    cramped: RealServer,
+    cramped: Server,
 ) -> None:
     """Six prompts fill the cache, and an answer is nearly as long as its prompt."""
     texts = [f"{i}. 北京今天晴,25°C 👩‍👩‍👧. " + "Word. " * (10 + i % 13) + f"{i}" * 30 for i in range(24)]
@@ -201,7 +201,7 @@ def test_the_script_is_followed_in_full_batches_when_prompts_come_in_chunks_and_
             assert [said.apart_from_ids() for said in answer.result()] == [(text, "", [], "stop")] * (1 + i % 2)
 
 
-def test_the_script_is_followed_from_a_cached_prompt(cramped: RealServer) -> None:
+def test_the_script_is_followed_from_a_cached_prompt(cramped: Server) -> None:
     text = "The same again. " * 10
     first, second = ask(cramped, text), ask(cramped, text)
     assert second["usage"]["prompt_tokens_details"]["cached_tokens"] > 100
@@ -209,7 +209,7 @@ def test_the_script_is_followed_from_a_cached_prompt(cramped: RealServer) -> Non
     assert second["choices"][0]["message"]["content"] == text
 
 
-def test_marks_in_a_script_are_tokens_special_or_not(cramped: RealServer) -> None:
+def test_marks_in_a_script_are_tokens_special_or_not(cramped: Server) -> None:
     text = "[TOOL_CALLS][ARGS][CALL_ID]<|python_tag|><tool_call></tool_call><think></think>"
     answer = ask(cramped, text)
     assert answer["usage"]["completion_tokens"] == 8 + 1
@@ -230,7 +230,7 @@ ROME = '{"city":"Rome"}'
 @pytest.mark.parametrize("temperature", [0, 1])
 @pytest.mark.parametrize(("text", "cities"), [(ROME, ["Rome"]), ("I will not.", CITIES)])
 def test_a_schema_is_stronger_than_the_script(
-    cramped: RealServer, text: str, cities: list[str], temperature: float
+    cramped: Server, text: str, cities: list[str], temperature: float
 ) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY, "strict": True}}
     (choice,) = ask(cramped, text, response_format=form, temperature=temperature)["choices"]
@@ -243,7 +243,7 @@ def test_a_schema_is_stronger_than_the_script(
     ("text", "cities"), [(CALL.replace(PARIS, ROME), ["Rome"]), (ROME, CITIES), ("I will not.", CITIES)]
 )
 def test_a_required_call_is_stronger_than_the_script(
-    cramped: RealServer, text: str, cities: list[str], temperature: float
+    cramped: Server, text: str, cities: list[str], temperature: float
 ) -> None:
     tool = {"type": "function", "function": {"name": "get_weather", "parameters": CITY}}
     fields = {"tools": [tool], "tool_choice": "required", "parallel_tool_calls": False, "temperature": temperature}

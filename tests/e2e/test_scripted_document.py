@@ -10,8 +10,10 @@ from pathlib import Path
 import openai
 import pytest
 from e2e.document import PARSERS, PORT, run_example, serve
-from e2e.scripted import ANSWER, SCRIPT, Scripted
-from servers import RealServer
+from e2e.scripted import PLUGIN, Scripted
+
+from lightllm.testing import Server
+from lightllm.testing.scripted.checkpoint import ANSWER, SCRIPT
 
 CALLS = {
     "qwen25": '<tool_call>\n{"name": "{{ name }}", "arguments": {{ arguments }}}\n</tool_call>',
@@ -43,30 +45,30 @@ def template(parser: str) -> str:
 @pytest.fixture(scope="module", params=PARSERS)
 def server(
     request: pytest.FixtureRequest, scripted: Scripted, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RealServer]:
+) -> Iterator[Server]:
     file: Path = tmp_path_factory.mktemp("template") / "template.jinja"
     file.write_text(template(request.param), encoding="utf-8")
-    options = ("--chat_template", str(file))
+    options = ("--chat_template", str(file), *PLUGIN)
     python = str(scripted.environment.python)
     with serve(1, model=str(scripted.folder), parser=request.param, more=options, python=python) as running:
         assert running.url.endswith(f":{PORT}")
         yield running
 
 
-def test_a_question_is_answered(server: RealServer) -> None:
+def test_a_question_is_answered(server: Server) -> None:
     assert run_example(0) == "回复: user: 你好,请介绍一下你自己\n"
 
 
-def test_a_question_is_answered_in_a_stream(server: RealServer) -> None:
+def test_a_question_is_answered_in_a_stream(server: Server) -> None:
     assert run_example(1) == "user: 请写一个关于人工智能的短文"
 
 
-def test_the_function_is_called(server: RealServer) -> None:
+def test_the_function_is_called(server: Server) -> None:
     called = ARGUMENTS["get_current_weather"]
     assert run_example(2) == f"模型决定调用函数:\n函数名: get_current_weather\n参数: {called}\n"
 
 
-def test_the_function_is_called_in_a_stream(server: RealServer) -> None:
+def test_the_function_is_called_in_a_stream(server: Server) -> None:
     first, *deltas = run_example(3).split("\n[函数调用: ")
     assert first == ""
     names, fragments = zip(
@@ -78,7 +80,7 @@ def test_the_function_is_called_in_a_stream(server: RealServer) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-def test_what_came_of_the_call_is_answered_in_text(server: RealServer, stream: bool) -> None:
+def test_what_came_of_the_call_is_answered_in_text(server: Server, stream: bool) -> None:
     messages = [{"role": "user", "content": "北京今天天气怎么样?"}]
     tool = {"type": "function", "function": {"name": "get_current_weather"}}
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as api:

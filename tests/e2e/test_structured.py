@@ -16,7 +16,8 @@ import httpx
 import openai
 import pytest
 from e2e.schemas import Schema, faults, random_schema, read_json
-from servers import RealServer
+
+from lightllm.testing import Server
 
 ASKED = 200
 AT_ONCE = 16
@@ -35,7 +36,7 @@ PERSON: Schema = {
 LONG: Schema = {"type": "string", "minLength": 100, "maxLength": 200}
 
 
-def client(server: RealServer) -> openai.OpenAI:
+def client(server: Server) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=280)
 
 
@@ -142,7 +143,7 @@ def wrong_with(said: Said, schemas: dict[str, Schema], most: int | None = None) 
 
 @pytest.mark.timeout(900)  # a minute where nothing else runs
 def test_200_random_schemas_16_at_a_time_all_hold(
-    demo: RealServer, api: openai.OpenAI, record_property: Any, capsys: pytest.CaptureFixture[str]
+    demo: Server, api: openai.OpenAI, record_property: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def one(number: int) -> tuple[bool, str]:
         if number % 25 == 24:  # nobody else's grammar holds for who asked for none
@@ -173,7 +174,7 @@ def test_calls_are_forced_in_every_models_own_format(parser: str) -> None:
         wrong = wrong_with(said, schemas, most=1)
         return wrong and f"seed {number}, {fields}: {wrong}, {said}"
 
-    with RealServer("--model", "demo", "--tool-call-parser", parser) as server:
+    with Server("--model", "demo", "--tool-call-parser", parser) as server:
         with client(server) as api, ThreadPoolExecutor(AT_ONCE) as pool:
             assert [wrong for wrong in pool.map(one, range(1000, 1012)) if wrong] == []
         assert "Traceback" not in server.log
@@ -241,7 +242,7 @@ def test_whole_and_streamed_answers_are_the_same(api: openai.OpenAI) -> None:
     assert ask(api, **fields) == ask(api, stream=True, **fields)
 
 
-def test_log_probabilities_are_those_of_the_answers_tokens(demo: RealServer) -> None:
+def test_log_probabilities_are_those_of_the_answers_tokens(demo: Server) -> None:
     body = {
         "model": "demo",
         "messages": question("Invent some data."),
@@ -310,7 +311,7 @@ ENDLESS: Schema = {"type": "object", "properties": {"a": {"$ref": "#/$defs/a"}},
     "schema", [ENDLESS, {"anyOf": [{"type": "boolean"}, ENDLESS]}], ids=["seen at once", "seen on the way"]
 )
 def test_an_answer_that_can_never_end_is_told_of_and_harms_nobody(
-    demo: RealServer, api: openai.OpenAI, schema: Schema, stream: bool, logprobs: bool
+    demo: Server, api: openai.OpenAI, schema: Schema, stream: bool, logprobs: bool
 ) -> None:
     beginnings = [word[:size] for word in ("true", "false") for size in range(1, 6)]
     tokens = [httpx.post(f"{demo.url}/tokenize", json={"prompt": text}).json()["tokens"] for text in beginnings]

@@ -14,7 +14,8 @@ import pytest
 from checkpoints import write_checkpoint, write_tokenizer
 from e2e.environment import Environment, build
 from safetensors.torch import save_file
-from servers import RealServer
+
+from lightllm.testing import Server
 
 PLUGIN = Path(__file__).parent / "third_party"
 SIZE = 30
@@ -53,7 +54,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield folder
 
 
-def complete(server: RealServer, prompt: str) -> str:
+def complete(server: Server, prompt: str) -> str:
     body = {"model": "m", "prompt": prompt, "max_tokens": 4, "temperature": 0}
     reply = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
     assert reply.status_code == 200, reply.text
@@ -62,7 +63,7 @@ def complete(server: RealServer, prompt: str) -> str:
 
 def test_a_third_party_model_is_served(environment: Environment, plugin_source: Path, tiny_model: Path) -> None:
     environment.install(build(plugin_source, plugin_source / "dist"))
-    with RealServer(
+    with Server(
         "--model", str(tiny_model), "--served-model-name", "m", "--no-plugin", "qwen2", command=environment.command()
     ) as server:
         assert complete(server, "w1 w7").split() == ["w8", "w9", "w10", "w11"]
@@ -78,7 +79,7 @@ def test_a_broken_third_party_plugin_harms_nobody_and_is_named(
     (tmp_path / "llama").mkdir()
     write_checkpoint(tmp_path / "llama", "llama-gqa")
     shutil.copy(tiny_model / "tokenizer.json", tmp_path / "llama")
-    with RealServer(
+    with Server(
         "--model", str(tmp_path / "llama"), "--served-model-name", "m", command=environment.command()
     ) as server:
         complete(server, "w1 w7")

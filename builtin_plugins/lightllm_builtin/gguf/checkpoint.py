@@ -11,11 +11,10 @@ from gguf.constants import GGMLQuantizationType
 from tokenizers import Tokenizer
 
 from lightllm import Adapters, ModelInfo, UserError
+from lightllm_builtin.gguf.adapter import Adapter
 from lightllm_builtin.gguf.header import Header, read_header
 from lightllm_builtin.gguf.vocabulary import CONTROL, build_tokenizer
 
-# GGUF's architecture -> Hugging Face's and its model_type. Mistral's files call themselves llama.
-ARCHITECTURES = {"llama": ("LlamaForCausalLM", "llama"), "qwen2": ("Qwen2ForCausalLM", "qwen2")}
 FIELDS = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
@@ -34,7 +33,7 @@ ROPE_SCALING_FIELDS = {
     "yarn_beta_fast": "beta_fast",
     "yarn_beta_slow": "beta_slow",
 }
-END_OF_TURN = ("<|eot_id|>", "<|im_end|>")
+END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>")
 
 
 def the_file(path: Path) -> Path:
@@ -44,28 +43,26 @@ def the_file(path: Path) -> Path:
 class GGUFCheckpoint:
     """`lightllm.Checkpoint`."""
 
-    def __init__(self, path: Path, adapters: Adapters | None = None) -> None:
-        self.file = the_file(path)
+    def __init__(self, path: Path, adapters: Adapters) -> None:
+        self.file, self.adapters = the_file(path), adapters
 
     @cached_property
     def header(self) -> Header:
         return read_header(self.file)
 
     def info(self) -> ModelInfo:
-        metadata, shapes = self.header.metadata, {t.name: t.shape for t in self.header.tensors}
+        header = self.header
+        metadata, shapes, kind = header.metadata, header.shapes, header.architecture
         if "token_embd.weight" not in shapes:
             raise UserError(f"{self.file} holds no language model: it has no token_embd.weight")
-        architecture, model_type = self._architecture()
-        config: dict[str, Any] = {"architectures": [architecture], "model_type": model_type}
+        # One that nobody adapts may be served all the same: by the name in the file.
+        config: dict[str, Any] = {"architectures": [kind], "model_type": kind}
         for ours, theirs in FIELDS.items():
-            if (value := self._field(ours)) is not None:
+            if (value := header.field(ours)) is not None:
                 config[theirs] = value
         # A file may name a vocabulary of another size than its embedding has rows.
         config["vocab_size"] = shapes["token_embd.weight"][0]
         config["tie_word_embeddings"] = "output.weight" not in shapes
-        if model_type == "llama":
-            config["attention_bias"] = "blk.0.attn_q.bias" in shapes
-            config["mlp_bias"] = "blk.0.ffn_up.bias" in shapes
         if scaling := self._rope_scaling():
             config["rope_scaling"] = scaling
         if "rope_freqs.weight" in shapes:
@@ -74,13 +71,16 @@ class GGUFCheckpoint:
         eos = self._eos_token_ids(tokens)
         config["eos_token_id"] = eos or None
         config["bos_token_id"] = metadata.get("tokenizer.ggml.bos_token_id")
+        adapter: type[Adapter] | None = self.adapters(kind)
+        if adapter is not None:
+            config |= adapter(header).config()
 
         def text(id: int | None) -> str | None:
             return tokens[id] if id is not None and id < len(tokens) else None
 
         return ModelInfo(
             path=str(self.file),
-            architecture=architecture,
+            architecture=config["architectures"][0],
             config=config,
             chat_template=metadata.get("tokenizer.chat_template"),
             bos_token=text(config["bos_token_id"]),
@@ -89,28 +89,6 @@ class GGUFCheckpoint:
 
     def tokenizer(self) -> Tokenizer:
         return build_tokenizer(self.header.metadata, self.file)
-
-    @property
-    def _kind(self) -> str:
-        return str(self.header.metadata.get("general.architecture", "none"))
-
-    def _architecture(self) -> tuple[str, str]:
-        """Hugging Face's architecture and model_type."""
-        if self._kind == "llama" and self._field("expert_count"):
-            return "MixtralForCausalLM", "mixtral"
-        if self._kind == "llama" and self._field("attention.sliding_window"):
-            return "MistralForCausalLM", "mistral"
-        # One we do not know may be a plugin's: it goes by the name in the file.
-        return ARCHITECTURES.get(self._kind, (self._kind, self._kind))
-
-    def _field(self, name: str) -> Any:
-        """A field of this architecture; where the file has one value per layer, the one all layers share."""
-        value = self.header.metadata.get(f"{self._kind}.{name}")
-        if not isinstance(value, list):
-            return value
-        if len(set(value)) != 1:
-            raise UserError(f"{self.file}: {name} differs from layer to layer, which is not supported")
-        return value[0]
 
     def _eos_token_ids(self, tokens: list[str]) -> list[int]:
         """End of text first, then end of turn and of message: each of them ends an answer."""
@@ -127,13 +105,13 @@ class GGUFCheckpoint:
         return list(dict.fromkeys(found))
 
     def _rope_scaling(self) -> dict[str, Any] | None:
-        kind = self._field("rope.scaling.type")
-        factor = self._field("rope.scaling.factor") or self._field("rope.scale_linear")
+        kind = self.header.field("rope.scaling.type")
+        factor = self.header.field("rope.scaling.factor") or self.header.field("rope.scale_linear")
         if kind == "none" or (kind is None and factor in (None, 1.0)):
             return None
         found = {"rope_type": kind or "linear", "factor": factor or 1.0}
         for ours, theirs in ROPE_SCALING_FIELDS.items():
-            if value := self._field(f"rope.scaling.{ours}"):
+            if value := self.header.field(f"rope.scaling.{ours}"):
                 found[theirs] = value
         return found
 

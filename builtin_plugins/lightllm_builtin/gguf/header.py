@@ -34,8 +34,31 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
+    file: Path
     metadata: dict[str, Any]
     tensors: list[TensorInfo]
+
+    @property
+    def architecture(self) -> str:
+        """What the file calls its architecture; its fields' names begin with it."""
+        return str(self.metadata.get("general.architecture", "none"))
+
+    def field(self, name: str) -> Any:
+        """A field of the architecture, None where there is none; of one value per layer, the one all layers share.
+
+        Raises UserError where they differ.
+        """
+        value = self.metadata.get(f"{self.architecture}.{name}")
+        if not isinstance(value, list):
+            return value
+        if len(set(value)) != 1:
+            raise UserError(f"{self.file}: {name} differs from layer to layer, which is not supported")
+        return value[0]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name -> shape as in PyTorch."""
+        return {tensor.name: tensor.shape for tensor in self.tensors}
 
 
 def read_header(path: Path) -> Header:
@@ -118,4 +141,4 @@ class _Reader:
             if not shape or shape[-1] % block:
                 raise UserError(f"{path}: tensor {name} of shape {list(shape)} cannot be of type {kind.name}")
             tensors.append(TensorInfo(name, shape, kind, start + offset, math.prod(shape) // block * size))
-        return Header(metadata, tensors)
+        return Header(path, metadata, tensors)

@@ -115,17 +115,17 @@ def _sentencepiece(metadata: dict[str, Any], tokens: list[str], file: Path) -> T
         raise UserError(f"{file}: its vocabulary has {len(tokens):,} tokens and {len(scores):,} scores")
     ids = {token: id for id, token in enumerate(tokens)}
     types = _types(metadata, tokens)
-    merges: list[tuple[float, tuple[str, str]]] = []
-    for token, score, type_ in zip(tokens, scores, types, strict=True):
-        if type_ != NORMAL:
-            continue
-        pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
-        found = [(left, right) for left, right in pairs if left in ids and right in ids]
-        found.sort(key=lambda pair: (ids[pair[0]], ids[pair[1]]))
-        merges += [(score, pair) for pair in found]
-    merges.sort(key=lambda m: -m[0])
+    merges: list[tuple[str, str]] = []
+    for id in sorted((id for id, type_ in enumerate(types) if type_ == NORMAL), key=lambda id: -scores[id]):
+        token = tokens[id]
+        found = [
+            (left, right)
+            for cut in range(1, len(token))
+            if (left := token[:cut]) in ids and (right := token[cut:]) in ids
+        ]
+        merges += sorted(found, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
     unknown = next((token for token, type_ in zip(tokens, types, strict=True) if type_ == UNKNOWN), None)
-    model = models.BPE(ids, [pair for _, pair in merges], unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    model = models.BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(model)
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     replace = normalizers.Replace(" ", "▁")

@@ -14,6 +14,7 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from lightllm import Adapters, ModelInfo, UserError
+from lightllm_builtin.gguf.adapter import Adapter
 from lightllm_builtin.gguf.checkpoint import the_file
 from lightllm_builtin.gguf.header import TensorInfo, read_header
 
@@ -24,11 +25,11 @@ NOT_WEIGHTS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_sh
 class GGUFWeights:
     """`lightllm.WeightFormat`."""
 
-    def __init__(self, path: Path, info: ModelInfo, adapters: Adapters | None = None) -> None:
+    def __init__(self, path: Path, info: ModelInfo, adapters: Adapters) -> None:
         self.file = the_file(path)
         self.header = read_header(self.file)
-        self.info = info
-        self.kind = self.header.metadata.get("general.architecture")
+        adapter: type[Adapter] | None = adapters(self.header.architecture)
+        self.adapter = adapter(self.header) if adapter is not None else None
 
     def nbytes(self) -> int:
         # as they are handed out: the progress bar counts what it is given
@@ -40,18 +41,19 @@ class GGUFWeights:
             if tensor.name.endswith(NOT_WEIGHTS):
                 continue
             values = read_tensor(self.file, tensor)
-            if self.kind == "llama":
-                values = self._halves(tensor.name, values)
+            if self.adapter is not None:
+                values = self.adapter.tensor(tensor.name, values)
             yield names.get(tensor.name, tensor.name), values
 
     def _names(self, expected: Collection[str]) -> dict[str, str]:
         """GGUF name -> Hugging Face name, for every name the model expects."""
-        architecture = next((arch for arch, text in MODEL_ARCH_NAMES.items() if text == self.kind), None)
+        kind = self.header.architecture
+        architecture = next((arch for arch, text in MODEL_ARCH_NAMES.items() if text == kind), None)
         if architecture is None:
             return {}
-        layers = self.header.metadata.get(f"{self.kind}.block_count")
+        layers = self.header.field("block_count")
         if not isinstance(layers, int):
-            raise UserError(f"{self.file} does not say how many layers it has ({self.kind}.block_count)")
+            raise UserError(f"{self.file} does not say how many layers it has ({kind}.block_count)")
         table = get_tensor_name_map(architecture, layers)
         names = {}
         for wanted in expected:
@@ -59,16 +61,6 @@ class GGUFWeights:
             if found is not None:
                 names[found] = wanted
         return names
-
-    def _halves(self, name: str, values: Tensor) -> Tensor:
-        """llama.cpp interleaves the two halves of each rotary head of Llama's q and k; put them back."""
-        if ".attn_q." in name:
-            heads = self.info.config["num_attention_heads"]
-        elif ".attn_k." in name:
-            heads = self.info.config["num_key_value_heads"]
-        else:
-            return values
-        return values.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(values.shape)
 
 
 def read_tensor(file: Path, tensor: TensorInfo) -> Tensor:

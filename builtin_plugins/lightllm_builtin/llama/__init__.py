@@ -12,6 +12,7 @@ def lightllm_models() -> Sequence[ModelRecord]:
             name="llama",
             target="lightllm_builtin.llama.model:Llama",
             architectures=("LlamaForCausalLM",),
+            adapters={"gguf/llama": "lightllm_builtin.llama.gguf:LlamaGGUF"},
             summary="Llama 2 to 3.3 and its many relatives",
         )
     ]

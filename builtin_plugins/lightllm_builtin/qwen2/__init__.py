@@ -12,6 +12,7 @@ def lightllm_models() -> Sequence[ModelRecord]:
             name="qwen2",
             target="lightllm_builtin.qwen2.model:Qwen2",
             architectures=("Qwen2ForCausalLM",),
+            adapters={"gguf/qwen2": "lightllm_builtin.qwen2.gguf:Qwen2GGUF"},
             summary="Qwen2 and Qwen2.5",
         )
     ]

@@ -120,17 +120,28 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm (Zhang and Sennrich, 2019), computed in float32."""
+    """Root-mean-square norm (Zhang and Sennrich, 2019), computed in float32.
 
-    def __init__(self, size: int, eps: float, make: Make) -> None:
+    ``offset``: what is multiplied is the checkpoint's weight plus this. The sum is then held, and multiplied, in
+    float32, as bfloat16 has no room for what is small beside 1.
+    """
+
+    def __init__(self, size: int, eps: float, offset: float, make: Make) -> None:
         super().__init__()
-        self.eps = eps
-        self.weight = make.parameter(size)
+        self.eps, self.offset = eps, offset
+        self.weight = make.parameter(size, dtype=torch.float32 if offset else None)
+
+    def load(self, name: str, tensor: Tensor, part: int | None) -> None:
+        copy_into(self.weight, tensor)
+        if self.offset:
+            self.weight.add_(self.offset)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Norm of ``x + residual``, and that sum: what the next residual connection needs."""
+        """Norm of ``x + residual`` over the last dimension, and that sum: what the next residual connection needs."""
         if residual is not None:
             x = x + residual
+        if self.offset:
+            return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype), x
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps), x
 
 
@@ -184,8 +195,9 @@ class Make:
     def embedding(self, vocabulary: int, hidden: int) -> Embedding:
         return Embedding(vocabulary, hidden, self)
 
-    def norm(self, size: int, eps: float) -> RMSNorm:
-        return RMSNorm(size, eps, self)
+    def norm(self, size: int, eps: float, *, offset: float = 0.0) -> RMSNorm:
+        """``offset``: added to the checkpoint's weight."""
+        return RMSNorm(size, eps, offset, self)
 
     def rope(self, info: ModelInfo, head_dim: int, **overrides: Any) -> Rope:
         """Rotary embedding as config.json describes it; ``overrides`` replace its parameters."""

@@ -1,7 +1,9 @@
 """Checkpoint tensors into a model, one at a time. The map of names comes from the model itself.
 
 A parameter's checkpoint name is its path in the model, but where the last module of the path is a key of the model's
-``weights``, each of that key's parts has a name of its own. New models need nothing here.
+``weights``, each of that key's parts has a name of its own. A model may also have ``tied`` (a parameter that need not
+be in the checkpoint -> the one it shares), ``ignored`` (patterns of the checkpoint's tensors it can do without) and
+``prefixes`` (how the checkpoint begins a name -> how the model does). New models need nothing here.
 """
 
 from __future__ import annotations
@@ -49,14 +51,16 @@ def load_weights(model: nn.Module, source: WeightFormat, progress: Callable[[int
     places = _places(model)
     tied: Mapping[str, str] = getattr(model, "tied", {})
     ignored = (*NEVER_LOADED, *getattr(model, "ignored", ()))
+    prefixes: Mapping[str, str] = getattr(model, "prefixes", {})
     missing = {name for name in places if name not in tied}
     waiting = Counter(id(places[name].module) for name in places)
     unexpected, twice, misshapen = [], [], []
     done, total = 0, source.nbytes()
     if progress:
         progress(0, total)
-    for name, tensor in source.tensors(list(places)):
+    for found, tensor in source.tensors(list(places)):
         done += tensor.nbytes
+        name = _renamed(found, prefixes)
         if name in missing:
             missing.discard(name)
             place = places[name]
@@ -71,8 +75,8 @@ def load_weights(model: nn.Module, source: WeightFormat, progress: Callable[[int
         elif name in places:
             if name not in tied:
                 twice.append(name)
-        elif name not in tied and not any(fnmatch(name, pattern) for pattern in ignored):
-            unexpected.append(name)
+        elif name not in tied and not any(fnmatch(found, pattern) for pattern in ignored):
+            unexpected.append(found)
         if progress:
             progress(min(done, total), total)
     _complain(type(model).__name__, missing, unexpected, twice, misshapen)
@@ -112,6 +116,13 @@ def _places(model: nn.Module) -> dict[str, Place]:
             else:
                 places[f"{path}.{name}" if path else name] = Place(module, name, None)
     return places
+
+
+def _renamed(name: str, prefixes: Mapping[str, str]) -> str:
+    for theirs, ours in prefixes.items():
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
 
 
 def _finish(module: Any) -> None:

@@ -95,7 +95,7 @@ def _check_reading(
         if name not in functions:
             raise broken("a grammar allows calls to the parser's tools only", *facts, f"called: {name!r}")
         try:
-            value = json.loads(arguments)
+            value = json.loads(arguments, parse_float=_finite)
         except ValueError as error:
             raise broken("the arguments that a grammar allows are JSON", *facts, f"{error}: {arguments!r}") from None
         bound = required or functions[name].get("strict")
@@ -105,6 +105,11 @@ def _check_reading(
                 "a grammar allows the arguments that the tool's schema allows" if bound else "arguments are an object"
             )
             raise broken(rule, *facts, f"arguments of {name}: {shown(arguments)}", f"schema: {json.dumps(schema)}")
+
+
+def _finite(number: str) -> float:
+    """JSON has larger numbers than Python's, which become infinite: no JSON any more."""
+    return max(-1e308, min(1e308, float(number)))
 
 
 def _text(events: Sequence[Event]) -> str:
@@ -119,7 +124,7 @@ def check_text_is_allowed(
     compact = text
     for name, arguments in calls:
         try:
-            value = json.loads(arguments)
+            value = json.loads(arguments, parse_float=_finite)
         except ValueError:  # the text breaks off
             return
         if name not in functions or not jsonschema_rs.is_valid(functions[name].get("parameters", NONE), value):
