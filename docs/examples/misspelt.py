@@ -1,0 +1,6 @@
+from lightllm import hookimpl
+
+
+@hookimpl
+def lightllm_listener(config):
+    return []

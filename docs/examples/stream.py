@@ -1,0 +1,12 @@
+from openai import OpenAI
+
+client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none")
+stream = client.chat.completions.create(
+    model="demo",
+    messages=[{"role": "user", "content": "What is the capital of France?"}],
+    temperature=0,
+    stream=True,
+)
+for chunk in stream:
+    print(chunk.choices[0].delta.content or "", end="", flush=True)
+print()
