@@ -6,7 +6,7 @@ PORT ?= 8000
 BIN := $(VENV)/bin
 PLUGINS := $(wildcard plugins/*)
 
-.PHONY: help serve test lint format bench test-slow test-gpu clean
+.PHONY: help serve test lint format docs docs-serve bench test-slow test-gpu clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,6 +34,13 @@ format: $(BIN)/.ready  ## put the code into shape
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(BIN)/.ready  ## write the reference from the code, and build the site into site/
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs build
+
+docs-serve: $(BIN)/.ready  ## the site on http://127.0.0.1:8001, rebuilt as its pages change
+	$(BIN)/mkdocs serve --dev-addr 127.0.0.1:8001
+
 bench: $(BIN)/.ready  ## speed, memory and start-up of this server; see benchmarks/README.md for the peers
 	$(BIN)/python benchmarks/serving.py
 
@@ -44,4 +51,4 @@ test-gpu: $(BIN)/.ready  ## what needs a CUDA device
 	$(BIN)/python -m pytest -m gpu tests/gpu
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis

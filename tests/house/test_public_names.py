@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,11 +44,11 @@ def public(module: ModuleType) -> list[str]:
 
 
 def described(name: str, value: Any) -> Iterator[str]:
-    if not inspect.isclass(value):
+    if not isinstance(value, type) or hasattr(value, "__origin__"):
         yield f"{name}{signature(value) if inspect.isfunction(value) else ''}"
         return
     if issubclass(value, msgspec.Struct):
-        fields = [f"{f.name}{'' if f.required else '?'}: {f.type}" for f in msgspec.structs.fields(value)]
+        fields = [f"{f.name}{'' if f.required else '?'}: {plain(f.type)}" for f in msgspec.structs.fields(value)]
         yield f"{name}({', '.join(fields)})"
         return
     yield f"{name} ({', '.join(base.__name__ for base in value.__bases__)})"
@@ -64,9 +65,13 @@ def signature(function: Any) -> str:
     """As it is called: which parameters have a default, not which default."""
     found = inspect.signature(function)
     shown = [p if p.default is p.empty else p.replace(default=...) for p in found.parameters.values()]
-    text = str(found.replace(parameters=shown)).replace("Ellipsis", "...")
-    # how annotations are shown differs between versions of Python
-    return text.replace("'", "").replace("collections.abc.", "").replace("typing.", "")
+    return plain(found.replace(parameters=shown)).replace("Ellipsis", "...")
+
+
+def plain(value: object) -> str:
+    """How annotations are shown differs between versions of Python."""
+    text = re.sub(r"<class '([\w.]+)'>", r"\1", str(value)).replace("'", "")
+    return re.sub(r"\b(collections\.abc|typing|pathlib(\._local)?|lightllm\.interfaces)\.", "", text)
 
 
 def test_the_public_names_are_those_that_were_agreed_on() -> None:
