@@ -405,10 +405,15 @@ def test_check_breaks_a_plugin_whose_target_lacks_a_method(site: Site) -> None:
     assert report.provides == {"tool_parsers": ["good"]}
 
 
+# Python 3.10 does not keep the __init__ of a Protocol
 CALLS = {
     "too few arguments": ("def push(self): return ()", "push.* cannot be called with .self, text.: too many"),
     "one too many": ("def push(self, text, end): return ()", "push.* cannot be called with .self, text.: missing"),
-    "a constructor of its own": ("def __init__(self): pass", "__init__.* cannot be called with .tools."),
+    **(
+        {"a constructor of its own": ("def __init__(self): pass", "__init__.* cannot be called with .tools.")}
+        if sys.version_info >= (3, 11)
+        else {}
+    ),
 }
 
 

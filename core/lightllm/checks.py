@@ -105,7 +105,8 @@ def check_target(target: str, contract: type | None = None) -> None:
     if missing:
         raise Wrong(f"{target} is no {contract.__name__}: it lacks {', '.join(missing)}")
     for name, method in vars(contract).items():
-        if inspect.isfunction(method) and (name == "__init__" or name[0] != "_"):
+        # typing puts an __init__ of its own into Protocols without one, and Python 3.10 into all
+        if inspect.isfunction(method) and method.__module__ != "typing":
             _check_call(found if name == "__init__" else getattr(found, name), method, f"{target}: {name}")
 
 

@@ -202,9 +202,9 @@ class Listener(msgspec.Struct, frozen=True, kw_only=True):
     """Told of every request that the engine gets, in the server process, between two events of its loop: be quick.
 
     ``on_request`` gets a dict of ``id``, ``endpoint``, ``model``, ``stream``, ``n``, ``created`` (Unix time),
-    ``prompt_tokens`` and ``request``, the body as it was sent. ``on_finish`` gets these, and ``status`` ("ok", "error" or
-    "aborted"), ``error``, ``finish_reasons`` and ``answers`` (a text for every choice, calls and thoughts as the model
-    wrote them), ``completion_tokens``, ``cached_tokens``, ``time_to_first_token`` and ``duration`` in seconds. Neither
+    ``prompt_tokens`` and ``request``, the body as it was sent. ``on_finish`` gets these, and ``status`` (ok, error or
+    aborted), ``error``, ``finish_reasons`` and ``answers`` (a text a choice, calls and thoughts as the model wrote
+    them), ``completion_tokens``, ``cached_tokens``, ``time_to_first_token`` and ``duration`` in seconds. Neither
     may be changed. What a listener raises is logged.
     """
 
@@ -266,6 +266,8 @@ class SamplingRow(Protocol):
 class Sampler(Protocol):
     """Picks the next token of every row. Log-probabilities are the core's: taken before the sampler sees the logits."""
 
+    def __init__(self) -> None: ...
+
     def sample(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
         """logits [rows, vocabulary] float32, may be overwritten -> tokens [rows] int64 on the same device."""
 
@@ -281,6 +283,8 @@ class LogitsProcessor(Protocol):
 
 class LinearMethod(Protocol):
     """How one linear layer holds its weight and multiplies by it."""
+
+    def __init__(self) -> None: ...
 
     def create(self, layer: Linear) -> None:
         """Register the parameters to be loaded (the usual one: ``weight`` [out, in])."""

@@ -57,10 +57,8 @@ def test_the_checkpoint_tells(template, tokens, name):
 def test_it_says_why(caplog):
     with caplog.at_level(logging.INFO, "lightllm"):
         chosen(MISTRAL)
-    assert (
-        "tool parser: tool-parsers/mistral (not tool-parsers/qwen25: the chat template does not write <tool_call>;"
-        in caplog.text
-    )
+    assert "tool parser: tool-parsers/mistral (not " in caplog.text
+    assert "not tool-parsers/qwen25: the chat template does not write <tool_call>;" in caplog.text
 
 
 def test_what_is_asked_for_is_had():
@@ -85,5 +83,6 @@ def test_a_plugin_goes_before_the_built_ins():
 
 
 def test_without_any_parser_the_server_does_without(caplog):
-    assert chosen(QWEN25, plugins=Plugins.discover(Recipe(blocked=("tool-parsers",)))) is None
+    providers = tuple({provided.plugin.name for provided in Plugins.discover().records("tool_parsers")})
+    assert chosen(QWEN25, plugins=Plugins.discover(Recipe(blocked=providers))) is None
     assert "no tool parser can serve this model: none is installed" in caplog.text

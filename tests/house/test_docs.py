@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -176,7 +177,7 @@ def test_json_and_toml_on_a_page_are_valid(page: Path) -> None:
         (json.loads if language == "json" else tomllib.loads)(content)
     for command in commands(page):
         words = shlex.split(command)
-        for flag, value in zip(words, words[1:], strict=False):
+        for flag, value in pairwise(words):
             if flag in ("-d", "--json") and words[0] == "curl":
                 json.loads(value)
 

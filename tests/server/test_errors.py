@@ -379,7 +379,9 @@ def test_a_parser_that_raises_fails_only_its_request(kit, text, why):
     def messages(content):
         return [{"role": "user", "content": content}]
 
-    with kit.running(kit.FakeEngine(script), reasoning_parser=Fragile, reasoning_parser_name="the parser of Fragile") as server:
+    with kit.running(
+        kit.FakeEngine(script), reasoning_parser=Fragile, reasoning_parser_name="the parser of Fragile"
+    ) as server:
         server.engine.delay = 0.01
         with server.chat("good", stream=True) as good:
             assert why in error_of(server.post(messages=messages("bad")), 500, type="server_error")

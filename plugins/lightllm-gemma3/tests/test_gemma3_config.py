@@ -7,12 +7,12 @@ import sys
 from typing import Any
 
 import pytest
-from lightllm_gemma3.config import DEFAULTS, complete
-from lightllm_gemma3.gguf import Gemma3GGUF
 from transformers import Gemma3Config, Gemma3TextConfig
 
 from lightllm import ModelInfo, UserError
 from lightllm.testing import check_plugin
+from lightllm_gemma3.config import DEFAULTS, complete
+from lightllm_gemma3.gguf import Gemma3GGUF
 
 SCALING = {"factor": 8.0, "rope_type": "linear"}
 # As google published them, but for fields that say nothing of the decoder.

@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
-from lightllm_gemma3.config import complete
-from lightllm_gemma3.model import Decoder
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -28,6 +26,8 @@ from transformers.models.gemma3.modeling_gemma3 import eager_attention_forward
 from lightllm import ModelInfo
 from lightllm.nn.layers import Make
 from lightllm.testing import check_model
+from lightllm_gemma3.config import complete
+from lightllm_gemma3.model import Decoder
 
 PLUGINS = ["lightllm_gemma3"]
 BASE: dict[str, Any] = {

@@ -13,9 +13,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-import lightllm_modelscope
 import pytest
 
+import lightllm_modelscope
 from lightllm.testing import check_plugin, serve, write_scripted
 
 REPO = "org/tiny"

@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+from lightllm import UserError
 from lightllm_observe.log import LogFile, Writer
 from lightllm_observe.observer import CONTENT, FIELDS, Observer, weight
 from lightllm_observe.totals import RECENT, Totals, percentiles
-
-from lightllm import UserError
 
 FACTS = {
     "id": "chatcmpl-1",

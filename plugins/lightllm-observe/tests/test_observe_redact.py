@@ -8,6 +8,7 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from lightllm_observe.redact import DEEPEST, PIECE, redact, redact_text
 
 ABC = "aB3dE6gH9j"  # made up: no real key

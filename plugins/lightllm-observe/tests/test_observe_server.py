@@ -9,9 +9,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import lightllm_observe
 import pytest
 
+import lightllm_observe
 from lightllm.testing import Server, check_plugin, serve
 
 FAILING = """

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import jinja2
-import lightllm_parser_example
 import pytest
-from lightllm_parser_example.parser import ARGUMENTS, BEGIN, CALL, CALL_END, END, MARKS, DeepSeekV31Parser
 
+import lightllm_parser_example
 from lightllm import ModelInfo
 from lightllm.testing import Server, check_call_grammar, check_plugin, check_tool_parser, serve, write_scripted
+from lightllm_parser_example.parser import ARGUMENTS, BEGIN, CALL, CALL_END, END, MARKS, DeepSeekV31Parser
 
 # The part of deepseek-ai/DeepSeek-V3.1's chat template that writes calls, shortened.
 TEMPLATE = """{{ content }}{%- for tool in calls -%}
