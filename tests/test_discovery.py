@@ -131,6 +131,13 @@ def test_a_module_is_a_plugin_and_an_installed_one_is_there_once(site: Site) -> 
     assert (names.count("good"), names.count("loose"), names.count("good-module")) == (1, 1, 0)
 
 
+def test_an_object_of_a_module_is_a_plugin(site: Site) -> None:
+    source = GOOD.replace("lightllm_tool_parsers()", "lightllm_tool_parsers(self)").replace("\n", "\n    ")
+    site.install("x", {}, {"holder": f"class Plugin:{source}\nit = Plugin()\n"})
+    plugins = Plugins.discover(Recipe(given=("holder:it",)))
+    assert report_of("holder", plugins).provides == {"tool_parsers": ["good"]}
+
+
 def test_a_module_in_the_working_folder_is_found(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     write_file(tmp_path / "here", "found_here.py")

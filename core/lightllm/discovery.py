@@ -78,15 +78,19 @@ def installed() -> list[Plugin]:
 
 
 def given(wanted: Sequence[str], known: Sequence[Plugin]) -> list[Plugin]:
-    """What ``--plugin`` names, a file, a package's folder or a module. One that is installed is there already."""
+    """What ``--plugin`` names: a file, a package's folder, a module, or module:object, as entry points do. One that is
+    installed is there already."""
     found = []
     for what in dict.fromkeys(wanted):
         path = Path(what)
         is_path = path.suffix == ".py" or len(path.parts) > 1
-        module = path.stem if is_path else what
+        module, _, attribute = (path.stem, "", "") if is_path else what.partition(":")
         if all(plugin.target.partition(":")[0] != module for plugin in known):
             source: Callable[[], object]
-            source = (lambda path=path: _import_path(path)) if is_path else (lambda module=module: _import(module))  # type: ignore[misc]
+            if is_path:
+                source = lambda path=path: _import_path(path)  # type: ignore[misc] # noqa: E731
+            else:
+                source = lambda module=module, attribute=attribute: _import(module, attribute)  # type: ignore[misc] # noqa: E731
             name = module.rpartition(".")[2].replace("_", "-")
             found.append(Plugin(name, f"--plugin {what}", "", source, target=module, asked_for=True))
     return found
@@ -175,12 +179,13 @@ def _import_path(path: Path) -> Any:
     return importlib.import_module(path.stem)
 
 
-def _import(module: str) -> Any:
+def _import(module: str, attribute: str) -> Any:
     try:
-        return importlib.import_module(module)
+        found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         here = str(Path.cwd())
         if error.name != module.partition(".")[0] or here in sys.path:
             raise
         sys.path.append(here)
-        return importlib.import_module(module)
+        found = importlib.import_module(module)
+    return getattr(found, attribute) if attribute else found
