@@ -28,6 +28,7 @@ OPTIONS = {
     "quantization": ("int8", "int8"),
     "tp": ("2", 2),
     "attention_backend": ("torch", "torch"),
+    "operators": ("torch", "torch"),
     "sampler": ("standard", "standard"),
     "executor": ("local", "local"),
     "grammar_backend": ("llguidance", "llguidance"),

@@ -15,7 +15,16 @@ import msgspec
 
 from lightllm.checks import blamed
 from lightllm.config import Config, parse_size
-from lightllm.interfaces import AttentionJob, Checkpoint, Executor, ExecutorJob, GrammarBackend, ModelInfo, UserError
+from lightllm.interfaces import (
+    AttentionJob,
+    Checkpoint,
+    DeviceJob,
+    Executor,
+    ExecutorJob,
+    GrammarBackend,
+    ModelInfo,
+    UserError,
+)
 from lightllm.plugins import Plugins, Provided, Recipe
 from lightllm.selection import adapters, choose, claimed_fields, model_record
 
@@ -178,7 +187,14 @@ def _build_worker(
     method = choose(plugins, "linear_methods", config.quantization, info)
     report(Loading(stage="importing the model"))
 
-    layers = Make(dtype=dtype, device=device, linear_method=lambda: make("linear method", method))
+    dtype_name = str(dtype).removeprefix("torch.")
+    here = DeviceJob(device=device.type, dtype=dtype_name)
+    layers = Make(
+        dtype=dtype,
+        device=device,
+        linear_method=lambda: make("linear method", method),
+        operators=make("operators", choose(plugins, "operators", config.operators, here)),
+    )
     with torch.inference_mode():
         model = make("model", record, info, layers)
         parameters = sum(p.numel() for p in model.parameters())
@@ -192,11 +208,10 @@ def _build_worker(
     specs = layers.attention_layers
     max_model_len, slots = _sizes(config, info, device, KVPool.bytes_per_token(specs, dtype))
     pool = KVPool(specs, slots, dtype, device)
-    dtype_name = str(dtype).removeprefix("torch.")
     job = AttentionJob(layers=tuple(specs), device=device.type, dtype=dtype_name, max_model_len=max_model_len)
     backend = choose(plugins, "attention_backends", config.attention_backend, job)
     attention = make("attention backend", backend, job, pool)
-    sampler = make("sampler", choose(plugins, "samplers", config.sampler))
+    sampler = make("sampler", choose(plugins, "samplers", config.sampler, here))
     claims = claimed_fields(plugins)
     made = {id(provided.record): make("logits processor", provided, info) for provided in claims.values()}
     processors = {field: made[id(provided.record)] for field, provided in claims.items()}
@@ -349,6 +364,7 @@ def _check_choices(config: Config, plugins: Plugins, info: ModelInfo) -> None:
     model_record(plugins, info)
     for kind, name in (
         ("attention_backends", config.attention_backend),
+        ("operators", config.operators),
         ("samplers", config.sampler),
         ("linear_methods", config.quantization),
         ("grammar_backends", config.grammar_backend),

@@ -20,6 +20,7 @@ RECORDS: Mapping[str, tuple[type[Record], type]] = MappingProxyType(
     {
         "models": (interfaces.ModelRecord, interfaces.Model),
         "attention_backends": (interfaces.AttentionBackendRecord, interfaces.AttentionBackend),
+        "operators": (interfaces.OperatorsRecord, interfaces.Operators),
         "samplers": (interfaces.SamplerRecord, interfaces.Sampler),
         "logits_processors": (interfaces.LogitsProcessorRecord, interfaces.LogitsProcessor),
         "tool_parsers": (interfaces.ToolParserRecord, interfaces.ToolParser),

@@ -54,6 +54,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     quantization: Annotated[str, Meta(description="linear method to hold the weights in, or auto")] = "auto"
     tp: Annotated[Positive, Meta(description="tensor-parallel ranks")] = 1
     attention_backend: Annotated[str, Meta(description="attention backend, or auto")] = "auto"
+    operators: Annotated[str, Meta(description="norms, activations and rotations, or auto")] = "auto"
     sampler: Annotated[str, Meta(description="sampler, or auto")] = "auto"
     executor: Annotated[str, Meta(description="where the model runs, or auto")] = "auto"
     grammar_backend: Annotated[str, Meta(description="compiler of grammars for structured output, or auto")] = "auto"

@@ -25,6 +25,7 @@ from lightllm.interfaces import (
     LogitsProcessorRecord,
     ModelInfo,
     ModelRecord,
+    OperatorsRecord,
     ReasoningParserRecord,
     SamplerRecord,
     ToolParserRecord,
@@ -57,6 +58,11 @@ def lightllm_models() -> Sequence[ModelRecord]:  # type: ignore[empty-body]
 @hookspec
 def lightllm_attention_backends() -> Sequence[AttentionBackendRecord]:  # type: ignore[empty-body]
     """Attention kernels over the paged KV pool. Used in the engine process."""
+
+
+@hookspec
+def lightllm_operators() -> Sequence[OperatorsRecord]:  # type: ignore[empty-body]
+    """Norms, activations and rotations (``--operators``). Used in the engine process."""
 
 
 @hookspec

@@ -82,6 +82,13 @@ class AttentionJob(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
 
 
+class DeviceJob(msgspec.Struct, frozen=True, kw_only=True):
+    """Where operators and samplers are asked to work: a torch device type, and the dtype's name of the model."""
+
+    device: str
+    dtype: str
+
+
 class ExecutorJob(msgspec.Struct, frozen=True, kw_only=True):
     """What an executor is asked to do. ``world_size``: tensor-parallel ranks (``--tp``), ``device``: torch's name."""
 
@@ -128,9 +135,23 @@ class AttentionBackendRecord(Record, frozen=True, kw_only=True):
     priority: int = 0
 
 
-class SamplerRecord(Record, frozen=True, kw_only=True):
-    """Target: a `Sampler`. Under ``--sampler auto`` the highest ``priority`` is chosen."""
+class OperatorsRecord(Record, frozen=True, kw_only=True):
+    """Target: `Operators`. ``supports`` answers None, or why this job cannot be done.
 
+    Under ``--operators auto`` the highest ``priority`` that supports the job is chosen.
+    """
+
+    supports: Callable[[DeviceJob], str | None] | None = None
+    priority: int = 0
+
+
+class SamplerRecord(Record, frozen=True, kw_only=True):
+    """Target: a `Sampler`. ``supports`` answers None, or why this job cannot be done.
+
+    Under ``--sampler auto`` the highest ``priority`` that supports the job is chosen.
+    """
+
+    supports: Callable[[DeviceJob], str | None] | None = None
     priority: int = 0
 
 
@@ -247,6 +268,29 @@ class AttentionBackend(Protocol):
         self, layer: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch
     ) -> torch.Tensor:
         """q [tokens, heads, head_dim]; k, v [tokens, kv_heads, head_dim] -> [tokens, heads, head_dim]."""
+
+
+class Operators(Protocol):
+    """The small operations between the matrix products of a model (``make.operators``). They leave their arguments as
+    they are."""
+
+    def __init__(self) -> None: ...
+
+    def rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of ``x + residual`` [..., size] the root-mean-square norm times ``weight`` [size], and that sum; both in x's
+        dtype. Multiplied in the weight's dtype, which may be wider than x's."""
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """[tokens, 2 size] -> silu(first half) * second half [tokens, size]."""
+
+    def gelu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """The same with gelu by its tanh approximation."""
+
+    def rotate(self, x: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """The pairs (i, i + rotated / 2) of x [tokens, heads, head_dim] turned by cosines and signed sines
+        [tokens, 1, rotated]: x * cos + roll(x, rotated / 2) * sin; dimensions past ``rotated`` are kept."""
 
 
 class SamplingRow(Protocol):

@@ -28,6 +28,7 @@ KINDS: Mapping[str, str] = MappingProxyType(
         "reasoning-parser": "tells a model's thought from its answer (--reasoning-parser)",
         "model": "an architecture, made of lightllm.nn's layers",
         "attention-backend": "attention over the KV pool (--attention-backend)",
+        "operators": "norms, activations and rotations (--operators)",
         "sampler": "picks the next token (--sampler)",
         "logits-processor": "changes logits for requests that set a field of its own",
         "linear-method": "holds and multiplies linear weights its own way, quantized for one (--quantization)",

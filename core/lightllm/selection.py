@@ -16,6 +16,7 @@ log = logging.getLogger("lightllm")
 OPTIONS: Mapping[str, str] = MappingProxyType(
     {
         "attention_backends": "--attention-backend",
+        "operators": "--operators",
         "samplers": "--sampler",
         "linear_methods": "--quantization",
         "grammar_backends": "--grammar-backend",

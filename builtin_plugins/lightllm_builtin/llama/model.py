@@ -8,12 +8,10 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightllm import ModelInfo, UserError
 from lightllm.nn.batch import Batch
 from lightllm.nn.layers import Make
-from lightllm.nn.rope import rotate
 
 
 @dataclass(frozen=True)
@@ -68,12 +66,13 @@ class Attention(nn.Module):
         self.qkv_proj = make.linear(shape.hidden_size, (q, kv, kv), bias=shape.qkv_bias, split="columns")
         self.o_proj = make.linear(q, shape.hidden_size, bias=shape.out_bias, split="rows")
         self.attention = make.attention(shape.heads, shape.kv_heads, shape.head_dim, window=shape.windows[layer])
+        self.operators = make.operators
         spec = self.attention.spec
         self.heads, self.kv_heads, self.head_dim = spec.heads, spec.kv_heads, spec.head_dim
 
     def forward(self, x: Tensor, cos_sin: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
-        qk = rotate(qkv[:, : self.heads + self.kv_heads], cos_sin)
+        qk = self.operators.rotate(qkv[:, : self.heads + self.kv_heads], cos_sin)
         q, k = qk[:, : self.heads], qk[:, self.heads :]
         y: Tensor = self.o_proj(self.attention(q, k, qkv[:, self.heads + self.kv_heads :], batch))
         return y
@@ -87,10 +86,10 @@ class MLP(nn.Module):
         inner = shape.intermediate_size
         self.gate_up_proj = make.linear(shape.hidden_size, (inner, inner), bias=shape.mlp_bias, split="columns")
         self.down_proj = make.linear(inner, shape.hidden_size, bias=shape.mlp_bias, split="rows")
+        self.operators = make.operators
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, -1)
-        y: Tensor = self.down_proj(F.silu(gate).mul_(up))
+        y: Tensor = self.down_proj(self.operators.silu_mul(self.gate_up_proj(x)))
         return y
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightllm.interfaces import AttentionSpec, LinearMethod, ModelInfo
+from lightllm.interfaces import AttentionSpec, LinearMethod, ModelInfo, Operators
+from lightllm.nn.operators import TorchOperators
 from lightllm.nn.rope import Rope
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size: int, eps: float, offset: float, make: Make) -> None:
         super().__init__()
-        self.eps, self.offset = eps, offset
+        self.eps, self.offset, self.operators = eps, offset, make.operators
         self.weight = make.parameter(size, dtype=torch.float32 if offset else None)
 
     def load(self, name: str, tensor: Tensor, part: int | None) -> None:
@@ -138,11 +139,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Norm of ``x + residual`` over the last dimension, and that sum: what the next residual connection needs."""
-        if residual is not None:
-            x = x + residual
-        if self.offset:
-            return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype), x
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps), x
+        return self.operators.rms_norm(x, residual, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -158,7 +155,8 @@ class Attention(nn.Module):
 
 
 class Make:
-    """Builds layers for one rank. ``attention_layers`` lists the attention layers built so far."""
+    """Builds layers for one rank. ``attention_layers`` lists the attention layers built so far; ``operators`` are for
+    what a model computes between its layers."""
 
     def __init__(
         self,
@@ -167,7 +165,9 @@ class Make:
         device: torch.device | str,
         linear_method: Callable[[], LinearMethod],
         shard: Shard | None = None,
+        operators: Operators | None = None,
     ) -> None:
+        self.operators: Operators = operators or TorchOperators()
         self.dtype, self.device = dtype, torch.device(device)
         self.shard = shard or Shard()
         self.attention_layers: list[AttentionSpec] = []

@@ -57,7 +57,7 @@ class Rope(nn.Module):
         self.register_buffer("exponents", exponents.to(device), persistent=False)
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """[tokens] -> cosines and signed sines [tokens, 1, rotated], for `rotate`. Once a step, for all layers."""
+        """[tokens] -> cosines and signed sines [tokens, 1, rotated], for `Operators.rotate`. Once a step."""
         index = positions.to(torch.float32)[:, None]
         if self.trained is None:
             angles = index * self.frequencies
@@ -70,15 +70,6 @@ class Rope(nn.Module):
             angles = index * base**-self.exponents
         cos, sin = angles.cos() * self.magnitude, angles.sin() * self.magnitude
         return torch.cat((cos, cos), -1).to(dtype).unsqueeze(1), torch.cat((-sin, sin), -1).to(dtype).unsqueeze(1)
-
-
-def rotate(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the pairs (i, i + rotated / 2) of x [tokens, heads, head_dim]; dimensions past ``rotated`` are kept."""
-    cos, sin = cos_sin
-    rotated = cos.shape[-1]
-    if x.shape[-1] == rotated:
-        return torch.addcmul(x * cos, x.roll(rotated // 2, -1), sin)
-    return torch.cat((rotate(x[..., :rotated], cos_sin), x[..., rotated:]), -1)
 
 
 def _scaled(frequencies: Tensor, p: dict[str, Any], dim: int, trained: int) -> tuple[Tensor, float]:

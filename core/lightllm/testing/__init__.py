@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lightllm.testing.linear import check_linear_method
     from lightllm.testing.logits import check_logits_processor
     from lightllm.testing.models import check_model
+    from lightllm.testing.operators import check_operators
     from lightllm.testing.parsers import check_reasoning_parser, check_tool_parser
     from lightllm.testing.plugins import check_plugin
     from lightllm.testing.samplers import check_sampler
@@ -36,6 +37,7 @@ __all__ = [
     "check_linear_method",
     "check_logits_processor",
     "check_model",
+    "check_operators",
     "check_plugin",
     "check_reasoning_parser",
     "check_sampler",
@@ -55,6 +57,7 @@ _HOMES = {
     "linear": ("check_linear_method",),
     "logits": ("check_logits_processor",),
     "models": ("check_model",),
+    "operators": ("check_operators",),
     "parsers": ("check_reasoning_parser", "check_tool_parser"),
     "plugins": ("check_plugin",),
     "samplers": ("check_sampler",),

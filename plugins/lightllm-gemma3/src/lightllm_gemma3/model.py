@@ -7,12 +7,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightllm import ModelInfo
 from lightllm.nn.batch import Batch
 from lightllm.nn.layers import Make, RMSNorm
-from lightllm.nn.rope import rotate
 from lightllm_gemma3.config import SLIDING
 
 CosSin = tuple[Tensor, Tensor]
@@ -41,12 +39,14 @@ class Attention(nn.Module):
             softcap=config["attn_logit_softcapping"],
         )
         self.o_proj = make.linear(q, hidden, bias=bias, split="rows")
+        self.operators = make.operators
 
     def forward(self, x: Tensor, cos_sin: CosSin, batch: Batch) -> Tensor:
         spec = self.attention.spec
         q, k, v = (
             self.qkv_proj(x).unflatten(-1, (-1, spec.head_dim)).split((spec.heads, spec.kv_heads, spec.kv_heads), 1)
         )
+        rotate = self.operators.rotate
         q, k = rotate(self.q_norm(q)[0], cos_sin), rotate(self.k_norm(k)[0], cos_sin)
         y: Tensor = self.o_proj(self.attention(q, k, v, batch))
         return y
@@ -60,10 +60,10 @@ class MLP(nn.Module):
         hidden, inner = config["hidden_size"], config["intermediate_size"]
         self.gate_up_proj = make.linear(hidden, (inner, inner), split="columns")
         self.down_proj = make.linear(inner, hidden, split="rows")
+        self.operators = make.operators
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, -1)
-        y: Tensor = self.down_proj(F.gelu(gate, approximate="tanh").mul_(up))
+        y: Tensor = self.down_proj(self.operators.gelu_mul(self.gate_up_proj(x)))
         return y
 
 

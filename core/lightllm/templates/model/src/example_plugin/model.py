@@ -13,7 +13,6 @@ from typing import ClassVar
 from lightllm import ModelInfo
 from lightllm.nn.batch import Batch
 from lightllm.nn.layers import Make
-from lightllm.nn.rope import rotate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -32,13 +31,14 @@ class Layer(nn.Module):
         self.out = make.linear(q, hidden, split="rows")
         self.up = make.linear(hidden, inner, split="columns")
         self.down = make.linear(inner, hidden, split="rows")
+        self.rotate = make.operators.rotate
 
     def forward(self, x: Tensor, cos_sin: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
         y, _ = self.norm(x)
         # of this rank's heads only, so their number is the attention's to say
         heads, kv_heads = self.attention.spec.heads, self.attention.spec.kv_heads
         q, k, v = self.qkv(y).unflatten(-1, (-1, self.head_dim)).split([heads, kv_heads, kv_heads], dim=1)
-        attended = self.out(self.attention(rotate(q, cos_sin), rotate(k, cos_sin), v, batch))
+        attended = self.out(self.attention(self.rotate(q, cos_sin), self.rotate(k, cos_sin), v, batch))
         result: Tensor = x + attended + self.down(F.gelu(self.up(y)))
         return result
 
