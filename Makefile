@@ -6,7 +6,7 @@ PORT ?= 8000
 BIN := $(VENV)/bin
 PLUGINS := $(wildcard plugins/*)
 
-.PHONY: help serve test lint format docs docs-serve bench test-slow test-gpu clean
+.PHONY: help serve test lint format docs docs-serve bench bench-gpu test-slow test-gpu clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,6 +43,9 @@ docs-serve: $(BIN)/.ready  ## the site on http://127.0.0.1:8001, rebuilt as its 
 
 bench: $(BIN)/.ready  ## speed, memory and start-up of this server; see benchmarks/README.md for the peers
 	$(BIN)/python benchmarks/serving.py
+
+bench-gpu: $(BIN)/.ready  ## how close to a CUDA device's limits; see benchmarks/gpu/run.py
+	$(BIN)/python benchmarks/gpu/run.py
 
 test-slow: $(BIN)/.ready  ## what takes minutes on two cores
 	$(BIN)/python -m pytest -m slow

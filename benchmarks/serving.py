@@ -126,12 +126,15 @@ async def one(http: httpx.AsyncClient, server: Server, prompt: list[int], output
     return first - began, last - first, tokens
 
 
-async def measure(server: Server, concurrency: int, prompt_tokens: int, output: int, requests: int) -> Result:
+async def measure(
+    server: Server, concurrency: int, prompt_tokens: int, output: int, requests: int, ids: range = range(1000, 40000)
+) -> Result:
+    """``ids``: the tokens that prompts are drawn from."""
     draw = random.Random()
     timeout = httpx.Timeout(900)
     limits = httpx.Limits(max_connections=concurrency)
     async with httpx.AsyncClient(timeout=timeout, limits=limits) as http:
-        prompts = [[draw.randrange(1000, 40000) for _ in range(prompt_tokens)] for _ in range(requests)]
+        prompts = [[draw.choice(ids) for _ in range(prompt_tokens)] for _ in range(requests)]
         gate = asyncio.Semaphore(concurrency)
 
         async def limited(prompt: list[int]) -> tuple[float, float, int]:

@@ -1,0 +1,326 @@
+"""How close to the device's limits this engine runs, in one command and one table, and transformers beside it.
+
+    python benchmarks/gpu/run.py                          # Llama-3-8B's shape on a CUDA device, about 8 minutes
+    python benchmarks/gpu/run.py --shape qwen2.5-7b
+    python benchmarks/gpu/run.py --shape tiny --device cpu  # whether this script works; its figures mean nothing
+
+Weights are random. First the device is measured: how fast it copies, how fast it multiplies. Those are the floors:
+a decode step has to read the weights and the keys and values of its sequences once; a prefill has to do its
+multiplications. "of the floor" is floor / time. Before that, log-probabilities are compared with float32 PyTorch's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+
+import checkpoints  # noqa: E402
+import serving  # noqa: E402
+
+from lightllm.assemble import build_engine  # noqa: E402
+from lightllm.config import Config  # noqa: E402
+from lightllm.engine.engine import Engine  # noqa: E402
+from lightllm.engine.request import Generate, SamplingParams  # noqa: E402
+from lightllm.interfaces import AttentionJob, AttentionSpec  # noqa: E402
+from lightllm.nn.batch import Batch, KVPool  # noqa: E402
+from lightllm.plugins import Plugins  # noqa: E402
+from lightllm.selection import choose  # noqa: E402
+
+TOLERANCE = 0.15
+"""Of log-probabilities in bfloat16, against float32: random weights of this size give logits of variance about 1."""
+
+DECODES = ((1, 1024), (64, 1024), (256, 1024))
+PREFILL = 8192
+HTTP = (64, 512, 128)
+"""Concurrency, tokens in, tokens out."""
+
+ATTENTION = (64, 8192)
+"""Sequences, context of the attention kernel alone."""
+
+TINY: dict[str, Any] = {"decodes": ((1, 64), (8, 64)), "prefill": 256, "http": (4, 32, 16), "attention": (4, 256)}
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(device: str, work: Callable[[], Any], times: int = 5) -> float:
+    """The median, after one that warms up."""
+    taken = []
+    for _ in range(times + 1):
+        synchronize(device)
+        began = time.perf_counter()
+        work()
+        synchronize(device)
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken[1:])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The device's limits
+
+
+def copy_rate(device: str, megabytes: int) -> float:
+    """Bytes a second, read and written."""
+    a = torch.empty(megabytes << 20, dtype=torch.uint8, device=device)
+    b = torch.empty_like(a)
+    return 2 * a.nbytes / seconds(device, lambda: b.copy_(a))
+
+
+def matrix_rate(device: str, dtype: torch.dtype, size: int) -> float:
+    """Floating-point operations a second."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / seconds(device, lambda: a @ b)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The engine
+
+
+@contextmanager
+def engine(folder: Path, device: str, **settings: Any) -> Iterator[Engine]:
+    built = build_engine(Config(device=device, prefix_cache=False, **settings), Plugins.discover(quiet=True), folder)
+    try:
+        yield built
+    finally:
+        built.close()
+        del built
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def requests(count: int, tokens: int, vocabulary: int, **params: Any) -> list[Generate]:
+    generator = torch.Generator().manual_seed(count)
+    drawn = torch.randint(3, vocabulary, (count, tokens), generator=generator).tolist()
+    settings = SamplingParams(**{"temperature": 0.0, "ignore_eos": True} | params)
+    return [Generate(id=str(i), prompt=prompt, params=settings) for i, prompt in enumerate(drawn)]
+
+
+def check_numerics(shape: str, device: str, dtype: str) -> float:
+    """The largest difference of log-probabilities, of a model of this shape but two layers."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = checkpoints.write(Path(folder) / "model", shape, device, layers=2)
+        asked = requests(4, 200, checkpoints.SHAPES[shape]["vocab_size"], max_tokens=16, prompt_logprobs=0, logprobs=0)
+        found: list[list[tuple[int, float]]] = []
+        plain = {"attention_backend": "torch", "operators": "torch", "sampler": "standard", "dtype": "float32"}
+        for settings in (plain, {"dtype": dtype}):
+            with engine(path, device, max_total_tokens=4096, max_model_len=400, **settings) as one:
+                done = one.generate(*asked)
+                found.append([(e.token, e.logprob) for o in done.values() for e in (*(o.prompt_logprobs or ()),)])
+    return max(abs(a - b) for (_, a), (_, b) in zip(*found, strict=True))
+
+
+def decode_seconds(one: Engine, count: int, context: int, vocabulary: int, device: str, steps: int = 32) -> float:
+    """A step in which each of ``count`` sequences of about ``context`` tokens gets one."""
+    asked = requests(count, context - steps // 2, vocabulary, max_tokens=steps + 16)
+    for request in asked:
+        one.add(request)
+    begun: set[str] = set()
+    while len(begun) < count:
+        begun |= {output.id for output in one.step().outputs if output.tokens}
+    taken = []
+    for _ in range(steps):
+        began = time.perf_counter()
+        step = one.step()
+        taken.append(time.perf_counter() - began)
+        assert len(step.outputs) == count, "a sequence was preempted, or has ended"
+    while one.busy:
+        one.step()
+    return statistics.median(taken)
+
+
+def prefill_seconds(one: Engine, tokens: int, vocabulary: int) -> float:
+    taken = []
+    for _ in range(4):
+        (request,) = requests(1, tokens, vocabulary, max_tokens=1)
+        began = time.perf_counter()
+        one.generate(request)
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken[1:])
+
+
+def engine_rate(one: Engine, count: int, tokens: int, output: int, vocabulary: int) -> float:
+    """Output tokens a second of ``count`` requests together, prefills included."""
+    began = time.perf_counter()
+    done = one.generate(*requests(count, tokens, vocabulary, max_tokens=output))
+    return sum(len(o.tokens) for o in done.values()) / (time.perf_counter() - began)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention alone
+
+
+def attention_seconds(
+    spec: AttentionSpec, device: str, dtype: str, sequences: int, context: int, new: int
+) -> tuple[str, float]:
+    """The backend that ``auto`` chooses, and its time for one layer: each sequence brings its last ``new`` tokens."""
+    job = AttentionJob(layers=(spec,), device=device, dtype=dtype, max_model_len=context)
+    plugins = Plugins.discover(quiet=True)
+    chosen = choose(plugins, "attention_backends", "auto", job)
+    pool = KVPool([spec], sequences * context, getattr(torch, dtype), device)
+    backend = plugins.load(chosen)(job, pool)
+    slots = torch.arange(sequences * context, device=device).view(sequences, context)
+    batch = Batch(
+        slots=slots[:, context - new :].flatten(),
+        query_lengths=[new] * sequences,
+        context_lengths=[context] * sequences,
+        tables=list(slots),
+        attention=backend,
+    )
+    batch.plan = backend.plan(batch)
+
+    def tensor(heads: int) -> torch.Tensor:
+        return torch.randn(sequences * new, heads, spec.head_dim, device=device).to(getattr(torch, dtype))
+
+    q, k, v = tensor(spec.heads), tensor(spec.kv_heads), tensor(spec.kv_heads)
+    with torch.inference_mode():
+        return chosen.label, seconds(device, lambda: backend.attend(spec, q, k, v, batch), times=20)
+
+
+def sdpa_seconds(spec: AttentionSpec, device: str, dtype: str, tokens: int) -> float:
+    """PyTorch's own flash attention over one prompt."""
+
+    def tensor(heads: int) -> torch.Tensor:
+        return torch.randn(1, heads, tokens, spec.head_dim, device=device).to(getattr(torch, dtype))
+
+    q, k, v = tensor(spec.heads), tensor(spec.kv_heads), tensor(spec.kv_heads)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    with torch.inference_mode():
+        return seconds(device, lambda: attention(q, k, v, is_causal=True, enable_gqa=True), times=20)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Over HTTP, and the peer
+
+
+def http_rate(
+    folder: Path, device: str, concurrency: int, tokens: int, output: int, vocabulary: int, settings: list[str]
+) -> float:
+    ids = range(3, vocabulary)
+    port = serving.free_port()
+    command = [sys.executable, "-m", "lightllm", "--model", str(folder), "--device", device, "--port", str(port)]
+    server = serving.Server("lightllm-serve", [*command, "--no-prefix-cache", *settings], port)
+    with tempfile.NamedTemporaryFile(suffix=".log") as log:
+        server.start(Path(log.name))
+        try:
+            asyncio.run(serving.measure(server, concurrency, tokens, output, concurrency, ids))
+            measured = asyncio.run(serving.measure(server, concurrency, tokens, output, 2 * concurrency, ids))
+            return measured.tokens_per_second
+        finally:
+            server.stop()
+
+
+def transformers_rates(
+    folder: Path, device: str, count: int, tokens: int, output: int, vocabulary: int
+) -> Iterator[tuple[str, float]]:
+    """Output tokens a second of transformers' `generate`, and of its continuous batching."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(device).eval()
+    prompts = [request.prompt for request in requests(count, tokens, vocabulary)]
+    ids = torch.tensor(prompts, device=device)
+    plain = {"max_new_tokens": output, "min_new_tokens": output, "do_sample": False, "pad_token_id": 0}
+    with torch.inference_mode():
+        taken = seconds(device, lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **plain), times=1)
+        yield "transformers generate", count * output / taken
+        config = GenerationConfig(max_new_tokens=output, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        taken = seconds(device, lambda: model.generate_batch(inputs=prompts, generation_config=config), times=1)
+        yield "transformers continuous batching", count * output / taken
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=checkpoints.SHAPES, default="llama-3-8b")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--no-peers", action="store_true")
+    given = parser.parse_args()
+    tiny, device, write = given.shape == "tiny", given.device, sys.stdout.write
+    dtype = "bfloat16" if device == "cuda" else "float32"
+    decodes = TINY["decodes"] if tiny else DECODES
+    prefill = TINY["prefill"] if tiny else PREFILL
+    concurrency, tokens, output = TINY["http"] if tiny else HTTP
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    write(f"{name}, torch {torch.__version__}, {given.shape}, {dtype}, {time.strftime('%Y-%m-%d')}\n\n")
+    copies = copy_rate(device, 64 if tiny else 4096)
+    products = matrix_rate(device, getattr(torch, dtype), 512 if tiny else 8192)
+    write(f"copies {copies / 1e9:,.0f} GB/s, multiplies {products / 1e12:,.1f} TFLOP/s\n")
+    off = check_numerics(given.shape, device, dtype)
+    write(f"log-probabilities are off by {off:.4f} from float32 PyTorch's, {TOLERANCE} is allowed\n\n")
+    assert off < TOLERANCE
+
+    config = checkpoints.SHAPES[given.shape]
+    head_dim = config["hidden_size"] // config["num_attention_heads"]
+    spec = AttentionSpec(
+        layer=0,
+        heads=config["num_attention_heads"],
+        kv_heads=config["num_key_value_heads"],
+        head_dim=head_dim,
+        scale=head_dim**-0.5,
+    )
+    bytes_each = getattr(torch, dtype).itemsize
+    sequences, context = TINY["attention"] if tiny else ATTENTION
+    label, taken = attention_seconds(spec, device, dtype, sequences, context, 1)
+    read = 2 * sequences * context * spec.kv_heads * head_dim * bytes_each
+    write(f"attention of {label}, one layer: decode, {sequences} x {context}: {taken * 1e3:.3f} ms, ")
+    write(f"{read / taken / copies:.0%} of the rate of a copy; ")
+    label, taken = attention_seconds(spec, device, dtype, 1, prefill, prefill)
+    reference = sdpa_seconds(spec, device, dtype, prefill)
+    write(f"prefill, {prefill}: {taken * 1e3:.3f} ms, {reference / taken:.0%} of the speed of PyTorch's own\n\n")
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = checkpoints.write(Path(scratch) / "model", given.shape, device)
+        vocabulary = config["vocab_size"]
+        longest = max(prefill, *(context for _, context in decodes)) + 128
+        largest = max(longest, *(count * (context + 64) for count, context in decodes))
+        settings = {"max_batch_tokens": prefill, "max_total_tokens": largest, "max_model_len": longest}
+        write("| case | time ms | floor ms | of the floor |\n| --- | --- | --- | --- |\n")
+        with engine(folder, device, dtype=dtype, **settings) as one:
+            sizes = dict(checkpoints.tensors(checkpoints.COMMON | config, config["num_hidden_layers"]))
+            weights = sum(math.prod(size) for name, size in sizes.items() if "embed_tokens" not in name)
+            head = config["hidden_size"] * vocabulary
+            token = 2 * spec.kv_heads * head_dim * config["num_hidden_layers"] * bytes_each
+
+            def row(case: str, taken: float, floor: float) -> None:
+                write(f"| {case} | {taken * 1e3:.2f} | {floor * 1e3:.2f} | {floor / taken:.0%} |\n")
+                sys.stdout.flush()
+
+            for count, context in decodes:
+                taken = decode_seconds(one, count, context, vocabulary, device)
+                row(f"decode, {count} x {context}", taken, (weights * bytes_each + count * context * token) / copies)
+            # q k^T and p v, the causal half
+            attention = 2 * prefill**2 * spec.heads * head_dim * config["num_hidden_layers"]
+            operations = 2 * prefill * (weights - head) + 2 * head + attention
+            row(f"prefill, {prefill}", prefill_seconds(one, prefill, vocabulary), operations / products)
+            own = engine_rate(one, concurrency, tokens, output, vocabulary)
+        options = ["--dtype", dtype, "--max-model-len", str(longest), "--max-total-tokens", str(largest)]
+        served = http_rate(folder, device, concurrency, tokens, output, vocabulary, options)
+        write(f"\n{concurrency} requests of {tokens} tokens in, {output} out, output tok/s:\n")
+        write(f"- engine {own:,.0f}\n- over HTTP {served:,.0f}, {served / own:.0%} of the engine's\n")
+        if not given.no_peers:
+            for peer, rate in transformers_rates(folder, device, concurrency, tokens, output, vocabulary):
+                write(f"- {peer} {rate:,.0f}; ours over HTTP is {served / rate:.2f} times as fast\n")
+                sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
