@@ -24,8 +24,8 @@ class StandardSampler:
     """`lightllm.Sampler`."""
 
     def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-        _penalize(logits, rows)
-        _bias(logits, rows)
+        penalize(logits, rows)
+        add_bias(logits, rows)
         if all(row.params.temperature < GREEDY for row in rows):
             return logits.argmax(-1)
         tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
@@ -112,7 +112,7 @@ def uniform(seed: int, choice: int, position: int) -> float:
     return (state >> 11) * 2.0**-53
 
 
-def _penalize(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
+def penalize(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
     """Presence and frequency over the answer (OpenAI), repetition over all of it (CTRL, Keskar et al., 2019)."""
     additive = [i for i, r in enumerate(rows) if r.params.presence_penalty or r.params.frequency_penalty]
     if additive:
@@ -138,7 +138,7 @@ def _counts(sequences: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
     return counts.view(len(sequences), width).to(torch.float32)
 
 
-def _bias(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
+def add_bias(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
     """logit_bias is added; the ids that would end a row too early get -inf."""
     at, tokens, values = [], [], []
     for i, row in enumerate(rows):

@@ -41,18 +41,19 @@ MENU: tuple[dict[str, Any], ...] = (
 """Parameters that meet in one batch."""
 
 
-def check_sampler(sampler: Any, *, without: Collection[str] = (), device: str = "cpu") -> None:
+def check_sampler(sampler: Any, *, without: Collection[str] = (), device: str = "cpu", draws: int = DRAWS) -> None:
     """It draws from the distribution that a request's parameters describe, and a draw depends on its own row only.
 
     ``sampler``: the class, or its record. ``without``: parameters it does not have (``"min_p"``, ``"logit_bias"``,
-    ``"min_tokens"``, ...). Temperature, top-k, top-p (the fewest likeliest tokens that reach it) and min-p (a part of
-    the likeliest's probability) are applied in this order, each to what the one before left.
+    ``"min_tokens"``, ...). ``draws``: of each distribution. Temperature, top-k, top-p (the fewest likeliest tokens that
+    reach it) and min-p (a part of the likeliest's probability) are applied in this order, each to what the one before
+    left.
     """
     target = resolve(sampler)
     unknown = {*without} - {*SamplingParams.__struct_fields__}
     if unknown:
         raise ValueError(f"without={sorted(unknown)}: there are no such parameters")
-    check = _Check(target, device)
+    check = _Check(target, device, draws)
     check.form()
     check.greedy()
     for params in SHAPES:
@@ -66,9 +67,10 @@ def check_sampler(sampler: Any, *, without: Collection[str] = (), device: str = 
 
 
 class _Check:
-    def __init__(self, target: Any, device: str) -> None:
+    def __init__(self, target: Any, device: str, draws: int) -> None:
         self.target = target
         self.device = device
+        self.draws = draws
 
     def sample(self, logits: Tensor, rows: Sequence[Row]) -> list[int]:
         tokens: list[int] = self.target().sample(logits.clone().to(self.device), rows).tolist()
@@ -101,9 +103,9 @@ class _Check:
         expected = wanted(logits[0], **params)
         given = SamplingParams(**params)
         for what, rows in (
-            ("seed", [Row(given, seed=i) for i in range(DRAWS)]),
-            ("index (which of n choices)", [Row(given, seed=7, index=i) for i in range(DRAWS // 4)]),
-            ("position (len(output))", [Row(given, seed=7, output=[0] * i) for i in range(DRAWS // 16)]),
+            ("seed", [Row(given, seed=i) for i in range(self.draws)]),
+            ("index (which of n choices)", [Row(given, seed=7, index=i) for i in range(self.draws // 4)]),
+            ("position (len(output))", [Row(given, seed=7, output=[0] * i) for i in range(self.draws // 16)]),
         ):
             counts = torch.bincount(torch.tensor(self.sample(logits.expand(len(rows), -1), rows)), minlength=VOCABULARY)
             fault = unlike(counts, expected)
