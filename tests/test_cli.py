@@ -132,6 +132,7 @@ def test_the_list_as_json_says_everything(site: Site, capsys: pytest.CaptureFixt
         "builtin": False,
         "status": "ok",
         "provides": {"tool_parsers": ["mine"], "add_options": []},
+        "summaries": {"tool_parsers": {"mine": ""}},
         "reason": "",
         "warnings": [],
     }
@@ -152,6 +153,16 @@ def test_the_table_shows_name_origin_status_and_reason(
     assert ["mine", "mine-dist", "1.2", "ok", "tool", "parsers:", "mine;", "add", "options"] in lines
     assert ["bad", "bad-dist", "1.2", "broken", "OSError:", "[bold]"] in lines
     assert ["qwen2", "built", "in", version("lightllm-serve"), "ok", "models:", "qwen2"] in lines
+
+
+def test_verbose_has_a_line_for_every_record(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["plugins", "--verbose"]) == 0
+    shown = capsys.readouterr().out
+    assert "reasoning parser deepseek_r1: " in shown and "model llama: Llama 2 to 3.3" in shown
+    assert len(shown.splitlines()) > len(Plugins.discover(quiet=True).report()) + 5
 
 
 def test_check_finds_a_target_that_is_not_what_it_says(site: Site, capsys: pytest.CaptureFixture[str]) -> None:

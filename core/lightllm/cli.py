@@ -57,16 +57,18 @@ def _serve(argv: Sequence[str], lightllm_names: bool) -> int:
 def _list_plugins(argv: list[str]) -> int:
     """`lightllm-serve plugins [--json] [--check]`; takes the serving options too, so that it shows what they give."""
     as_json, check = "--json" in argv, "--check" in argv
-    options = [token for token in argv if token not in ("--json", "--check")]
+    verbose = "--verbose" in argv
+    options = [token for token in argv if token not in ("--json", "--check", "--verbose")]
     if "--help" in options or "-h" in options:
         sys.stdout.write(
-            "usage: lightllm-serve plugins [--json] [--check] [--plugin FILE|MODULE] [--no-plugin NAME]\n"
+            "usage: lightllm-serve plugins [--json] [--verbose] [--check] [--plugin FILE|MODULE] [--no-plugin NAME]\n"
             "       lightllm-serve plugins new NAME --kind KIND\n\n"
             "List the installed plugins and what they provide, or write a new one.\n\n"
-            "  --json    the same as JSON, and more\n"
-            "  --check   import everything they provide, and exit with 1 if anything is broken\n"
-            "  --plugin  one more, that is not installed: a .py file or a module\n"
-            "  new       write a small plugin that works; `lightllm-serve plugins new --help` lists the kinds\n"
+            "  --json     the same as JSON, and more\n"
+            "  --verbose  a line for everything they provide\n"
+            "  --check    import everything they provide, and exit with 1 if anything is broken\n"
+            "  --plugin   one more, that is not installed: a .py file or a module\n"
+            "  new        write a small plugin that works; `lightllm-serve plugins new --help` lists the kinds\n"
         )
         return 0
     choice = read_plugin_choice(options, os.environ)
@@ -79,12 +81,12 @@ def _list_plugins(argv: list[str]) -> int:
         sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(reports), indent=2) + b"\n")
         sys.stdout.flush()
     else:
-        _show(reports)
+        _show(reports, verbose)
     broken = any(report.status in ("broken", "incompatible") for report in reports)
     return 1 if broken and (check or choice.strict) else 0
 
 
-def _show(reports: Sequence[PluginReport]) -> None:
+def _show(reports: Sequence[PluginReport], verbose: bool) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -97,11 +99,18 @@ def _show(reports: Sequence[PluginReport]) -> None:
         provides = [
             f"{kind.replace('_', ' ')}: {', '.join(names)}" if names else kind.replace("_", " ")
             for kind, names in report.provides.items()
+            if not (verbose and names)
+        ]
+        details = [
+            f"{kind.replace('_', ' ').removesuffix('s')} {name}: {summary}"
+            for kind, summaries in report.summaries.items()
+            for name, summary in summaries.items()
+            if verbose
         ]
         table.add_row(
             Text(report.name),
             Text(f"{'built in' if report.builtin else report.distribution} {report.version}".strip()),
             Text(report.status, styles[report.status]),
-            Text("\n".join([report.reason or "; ".join(provides), *report.warnings])),
+            Text("\n".join(filter(None, [report.reason, *details, "; ".join(provides), *report.warnings]))),
         )
     Console().print(table)

@@ -70,7 +70,8 @@ class Provided:
 
 
 class PluginReport(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of `lightllm-serve plugins`. ``provides``: kind -> record names, none for hooks that list no records."""
+    """One line of `lightllm-serve plugins`. ``provides``: kind -> record names, none for hooks that list no records;
+    ``summaries``: kind -> record name -> its summary."""
 
     name: str
     distribution: str
@@ -78,6 +79,7 @@ class PluginReport(msgspec.Struct, frozen=True, kw_only=True):
     builtin: bool
     status: Status
     provides: dict[str, list[str]]
+    summaries: dict[str, dict[str, str]]
     reason: str
     warnings: list[str]
 
@@ -237,6 +239,7 @@ class Plugins:
                 builtin=plugin.builtin,
                 status=plugin.status,
                 provides=self._provides(plugin),
+                summaries={kind: {r.name: r.summary for r in records} for kind, records in plugin.records.items()},
                 reason=plugin.reason,
                 warnings=plugin.warnings,
             )
