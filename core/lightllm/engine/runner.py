@@ -89,6 +89,10 @@ class Runner:
         hidden = self.model(self._tensor(tokens), self._tensor(positions), batch)
 
         last = torch.tensor(batch.query_lengths).cumsum(0) - 1
+        for i, item in enumerate(plan.items):
+            if item.prompt_logprobs:
+                end = int(last[i]) + 1
+                results[i].prompt_logprobs = self._prompt_logprobs(hidden[end - item.count : end], item.seq, item.start)
         if sampled:
             logits = self._logits(hidden[last[sampled].to(self.device)])
             logprobs = self._logprobs(logits, rows)
@@ -101,11 +105,7 @@ class Runner:
                 if row in logprobs:
                     values, wanted = logprobs[row]
                     results[i].logprobs = _entries(values, [token], wanted)[0]
-            self.masks.follow(held)
-        for i, item in enumerate(plan.items):
-            if item.prompt_logprobs:
-                end = int(last[i]) + 1
-                results[i].prompt_logprobs = self._prompt_logprobs(hidden[end - item.count : end], item.seq, item.start)
+            self.masks.follow(held)  # last: a matcher does not go back, and until here a step can be done again
         return results
 
     def _tensor(self, values: Sequence[int]) -> Tensor:

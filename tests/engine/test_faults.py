@@ -1,0 +1,129 @@
+"""What a plugin's part raises in a step: whose fault it was is said, and only its sequences fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import write_checkpoint
+
+from lightllm import (
+    AttentionBackendRecord,
+    ExecutorRecord,
+    LinearMethodRecord,
+    OperatorsRecord,
+    SamplerRecord,
+    SamplingRow,
+    hookimpl,
+)
+from lightllm.assemble import build_engine
+from lightllm.config import Config
+from lightllm.engine.engine import Engine
+from lightllm.engine.request import Generate, SamplingParams
+from lightllm.engine.scheduler import Plan
+from lightllm.nn.operators import TorchOperators
+from lightllm.plugins import Plugins
+from lightllm_builtin.executor.local import LocalExecutor
+from lightllm_builtin.linear.dense import Dense
+from lightllm_builtin.sampling.sampler import StandardSampler
+from lightllm_builtin.torch_attention.backend import TorchAttention
+
+UNLUCKY = 13
+SIZES = (3, 7, UNLUCKY, 20)
+BATCHES = (UNLUCKY, sum(SIZES))
+"""Tokens of a step with the unlucky prompt: alone, and in its batch."""
+
+
+class Attention(TorchAttention):
+    def plan(self, batch: Any) -> Any:
+        self.unlucky = UNLUCKY in batch.context_lengths
+        return super().plan(batch)
+
+    def attend(self, *arguments: Any) -> torch.Tensor:
+        if self.unlucky:
+            raise IndexError("out of keys")
+        return super().attend(*arguments)
+
+
+class Sampler(StandardSampler):
+    def sample(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+        if any(len(row.prompt) + len(row.output) == UNLUCKY for row in rows):
+            raise ZeroDivisionError("no chance")
+        return super().sample(logits, rows)
+
+
+class Operators(TorchOperators):
+    def rotate(self, x: torch.Tensor, cos_sin: Any) -> torch.Tensor:
+        if x.shape[0] in BATCHES:
+            raise OverflowError("dizzy")
+        return super().rotate(x, cos_sin)
+
+
+class Linear(Dense):
+    def apply(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[0] in BATCHES:
+            raise FloatingPointError("not a product")
+        return super().apply(layer, x)
+
+
+class Executor(LocalExecutor):
+    def run(self, plan: Plan) -> Any:
+        if any(len(item.seq) == UNLUCKY for item in plan.items):
+            raise ConnectionError("the worker is gone")
+        return super().run(plan)
+
+
+class Provider:
+    @hookimpl
+    def lightllm_attention_backends(self) -> Any:
+        return [AttentionBackendRecord(name="frail", target=f"{__name__}:Attention")]
+
+    @hookimpl
+    def lightllm_samplers(self) -> Any:
+        return [SamplerRecord(name="frail", target=f"{__name__}:Sampler")]
+
+    @hookimpl
+    def lightllm_operators(self) -> Any:
+        return [OperatorsRecord(name="frail", target=f"{__name__}:Operators")]
+
+    @hookimpl
+    def lightllm_linear_methods(self) -> Any:
+        return [LinearMethodRecord(name="frail", target=f"{__name__}:Linear")]
+
+    @hookimpl
+    def lightllm_executors(self) -> Any:
+        return [ExecutorRecord(name="frail", target=f"{__name__}:Executor")]
+
+
+FAULTS = {
+    "attention_backend": "the attention backend mine/frail (extra) failed: IndexError: out of keys",
+    "sampler": "the sampler mine/frail (extra) failed: ZeroDivisionError: no chance",
+    "operators": "the operators mine/frail (extra) failed: OverflowError: dizzy",
+    "quantization": "the linear method mine/frail (extra) failed: FloatingPointError: not a product",
+    "executor": "the executor mine/frail (extra) failed: ConnectionError: the worker is gone",
+}
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Engine]:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    write_checkpoint(folder, "llama-gqa")
+    plugins = Plugins.discover(extra=[("mine", Provider())])
+    return lambda **chosen: build_engine(Config(max_total_tokens=500, device="cpu", **chosen), plugins, folder)
+
+
+@pytest.mark.parametrize("part", FAULTS)
+def test_it_is_named_and_the_other_sequences_go_on(engine: Callable[..., Engine], part: str) -> None:
+    params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+
+    def requests() -> list[Generate]:
+        return [Generate(id=str(size), prompt=list(range(20, 20 + size)), params=params) for size in SIZES]
+
+    expected = engine().generate(*requests())
+    found = engine(**{part: "mine/frail"}).generate(*requests())
+    assert found[str(UNLUCKY), 0].error == FAULTS[part]
+    for size in set(SIZES) - {UNLUCKY}:
+        assert found[str(size), 0].error is None
+        assert found[str(size), 0].tokens == expected[str(size), 0].tokens
