@@ -14,7 +14,7 @@ from lightllm_builtin.triton_support import interpreted
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
-# Triton 3.9's interpreter would multiply the bits of bfloat16 numbers
+# Triton's interpreter (3.7 to 3.9) would multiply the bits of bfloat16 numbers
 WIDEN = tl.constexpr(interpreted())
 
 
