@@ -82,6 +82,17 @@ def test_what_is_not_installed_though_needed_is_named(site: Site) -> None:
     assert "(not installed, though it needs them: a-thing>=2)" in reason
 
 
+def test_what_only_an_extra_brings_is_no_fault(site: Site) -> None:
+    work = "import fast_thing\n" + dedent(WORK)
+    requires = ["lightllm-serve", "fast-thing>=2; platform_system == 'Linux' and extra == 'fast'"]
+    site.install("good-dist", {"good": "good_module"}, {"good_module": GOOD, "good_work": work}, requires=requires)
+    plugins = Plugins.discover()
+    plugins.check()
+    report = report_of("good", plugins)
+    assert report.status == "ok"
+    assert report.warnings == ["good needs fast_thing, which is not installed (pip install 'good-dist[fast]')"]
+
+
 # --- deprecation
 
 

@@ -111,6 +111,6 @@ def _show(reports: Sequence[PluginReport], verbose: bool) -> None:
             Text(report.name),
             Text(f"{'built in' if report.builtin else report.distribution} {report.version}".strip()),
             Text(report.status, styles[report.status]),
-            Text("\n".join(filter(None, [report.reason, *details, "; ".join(provides), *report.warnings]))),
+            Text(report.reason or "\n".join(filter(None, [*details, "; ".join(provides), *report.warnings]))),
         )
     Console().print(table)

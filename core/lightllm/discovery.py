@@ -8,6 +8,7 @@ from __future__ import annotations
 import email
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +35,8 @@ class Incompatible(Wrong):
 class Plugin:
     """One plugin: who it is, and how it fares. ``reason``: why it is broken or incompatible.
 
-    ``asked_for``: given by ``--plugin``. ``target``: what its entry point names. ``warnings``: what it should change.
+    ``asked_for``: given by ``--plugin``. ``target``: what its entry point names. ``requires``: what its distribution
+    does. ``warnings``: what somebody should change.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Plugin:
     version: str
     source: Callable[[], object]
     target: str = ""
+    requires: Sequence[str] = ()
     asked_for: bool = False
     status: Status = "ok"
     reason: str = ""
@@ -73,7 +76,10 @@ def installed() -> list[Plugin]:
         source: Callable[[], object]
         source = lambda point=point, requires=requires: _import_point(point, requires, own)  # type: ignore[misc] # noqa: E731
         # One distribution may be seen twice on sys.path.
-        found.setdefault((name, point.name, point.value), Plugin(point.name, name, version, source, target=point.value))
+        found.setdefault(
+            (name, point.name, point.value),
+            Plugin(point.name, name, version, source, target=point.value, requires=requires),
+        )
     return sorted(found.values(), key=lambda p: (not p.builtin, p.distribution.lower(), p.name))
 
 
@@ -160,6 +166,20 @@ def _missing(requires: Sequence[str]) -> list[str]:
             except importlib_metadata.PackageNotFoundError:
                 missing.append(f"{requirement.name}{requirement.specifier}")
     return missing
+
+
+def extra_of(module: str, requires: Sequence[str]) -> str | None:
+    """The extra that brings a module, by its distribution's name: what an installation may do without."""
+    from packaging.requirements import Requirement
+
+    for text in requires:
+        name = Requirement(text).name.replace("-", "_").lower()
+        if (extra := _EXTRA.search(text)) and name == module.lower():
+            return extra[1]
+    return None
+
+
+_EXTRA = re.compile(r"extra == ['\"]([\w.-]+)['\"]")
 
 
 def _import_path(path: Path) -> Any:

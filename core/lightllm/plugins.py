@@ -30,7 +30,7 @@ from lightllm.checks import (
     import_target,
     suggestion,
 )
-from lightllm.discovery import GROUP, Incompatible, Plugin, Status, check_requires, given, installed
+from lightllm.discovery import GROUP, Incompatible, Plugin, Status, check_requires, extra_of, given, installed
 from lightllm.interfaces import Listener, ModelInfo, UserError
 
 if TYPE_CHECKING:
@@ -216,19 +216,34 @@ class Plugins:
     # --- the state of things
 
     def check(self) -> None:
-        """Import every target and hold it against its contract; what fails is broken from then on."""
+        """Import every target and hold it against its contract; what fails is broken from then on.
+
+        A target that only lacks what an extra of its distribution brings is not: that is warned about.
+        """
         for plugin in self._active():
+            for kind, records in plugin.records.items():
+                for record in records:
+                    if plugin.status == "ok":
+                        self._check(plugin, record, RECORDS[kind][1])
+
+    def _check(self, plugin: Plugin, record: Any, contract: type) -> None:
+        targets: list[tuple[str, type | None]] = [(record.target, contract)]
+        if isinstance(record, interfaces.WeightFormatRecord):
+            targets.append((record.checkpoint, interfaces.Checkpoint))
+        if isinstance(record, interfaces.ModelRecord):
+            targets += [(target, None) for target in record.adapters.values()]
+        for target, wanted in targets:
             try:
-                for kind, records in plugin.records.items():
-                    for record in records:
-                        check_target(record.target, RECORDS[kind][1])
-                        if isinstance(record, interfaces.WeightFormatRecord):
-                            check_target(record.checkpoint, interfaces.Checkpoint)
-                        if isinstance(record, interfaces.ModelRecord):
-                            for target in record.adapters.values():
-                                check_target(target)
+                check_target(target, wanted)
             except Fault as error:
-                self._break(plugin, describe(error))
+                cause = error.__cause__
+                lacking = (isinstance(cause, ModuleNotFoundError) and cause.name) or ""
+                if extra := extra_of(lacking, plugin.requires):
+                    install = f"pip install '{plugin.distribution}[{extra}]'"
+                    plugin.warnings.append(f"{record.name} needs {lacking}, which is not installed ({install})")
+                else:
+                    self._break(plugin, describe(error))
+                return
 
     def report(self) -> list[PluginReport]:
         return [

@@ -114,14 +114,40 @@ def test_every_public_name_is_described() -> None:
 # --- the site
 
 
+def build(root: Path, site: Path) -> subprocess.CompletedProcess[str]:
+    # with --quiet, --strict would let warnings pass
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built: every link, anchor and included file is there."""
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = build(ROOT, folder)
     assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("contracts.md#sampler)", "contracts.md#no-such)"),
+        ("reference/contracts.md", "reference/no-such.md"),
+        ("sampler.py:ExamplePluginSampler", "sampler.py:NoSuch"),
+        ("sampler/tests/test_", "sampler/tests/no_such_"),
+    ],
+)
+def test_what_is_not_there_fails_the_build(right: str, wrong: str, tmp_path: Path) -> None:
+    for folder in ("docs", "core"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    page = tmp_path / "docs" / "tutorials" / "sampler.md"
+    text = page.read_text(encoding="utf-8")
+    assert right in text
+    page.write_text(text.replace(right, wrong, 1), encoding="utf-8")
+    done = build(tmp_path, tmp_path / "site")
+    assert done.returncode != 0 and re.search(r"no.?such", done.stderr, re.I)
 
 
 def test_every_page_is_built_and_nothing_else_is_published(site: Path) -> None:
