@@ -264,7 +264,9 @@ class Plugins:
     def broken_note(self) -> str:
         """What is broken, as an end to an error message: it may be why something is missing."""
         broken = [plugin for plugin in self.plugins if plugin.status in ("broken", "incompatible")]
-        return "".join(f" Plugin {p.label} is {p.status}: {p.reason.rstrip('.')}." for p in broken)
+        return "".join(
+            f" Plugin {p.label} is {p.status}: {p.reason}{'' if p.reason[-1:] in '.?' else '.'}" for p in broken
+        )
 
     # --- loading
 
