@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lightllm.grammar import Regex, Repeated, Triggered
+from lightllm.grammar import Fixed, Json, OneOf, Regex, Repeated, Triggered
 from lightllm.testing import check_grammar_backend
 from lightllm_builtin.grammar.backend import Llguidance, Matcher
 
@@ -74,6 +74,15 @@ class Loose(Llguidance):
         return super().compile(grammar)
 
 
+class Spaced(Llguidance):
+    """Lets JSON be written with a space after a comma, too."""
+
+    def compile(self, grammar: Any) -> Any:
+        if isinstance(grammar, Json) and "maxItems" in grammar.schema and "boolean" in grammar.schema:
+            grammar = OneOf((grammar, Fixed("[false, true]")))
+        return super().compile(grammar)
+
+
 class Raising(Llguidance):
     def compile(self, grammar: Any) -> Any:
         if isinstance(grammar, Regex) and grammar.pattern in ("(", "["):
@@ -106,6 +115,7 @@ class NoTriggers(Llguidance):
     [
         (Early, "fill sets the bits of the tokens that may come"),
         (Loose, "an answer is let through if and only if the grammar allows it, as a whole"),
+        (Spaced, "without whitespace, it does not fit; it is let through"),
         (with_matcher(Endless), "a matcher is finished when nothing can follow"),
         (with_matcher(Yes), "accept is False for a token that is not allowed"),
         (with_matcher(Silent), "error says why a matcher cannot go on"),

@@ -144,7 +144,9 @@ class _Check:
             good = [text for text, valid in texts.items() if valid]
             bad = [text for text, valid in texts.items() if not valid]
             broken_off = [text[:-1] for text in good if not _is_json(text[:-1])]
-            self.texts(g.json(schema), good, bad + broken_off + [f" {text}" for text in good], "by its JSON Schema")
+            loose = [f" {text}" for text in good]
+            loose += {json.dumps(value, ensure_ascii=False) for value in INSTANCES} - texts.keys()
+            self.texts(g.json(schema), good, bad + broken_off + loose, "by its JSON Schema, without whitespace,")
 
     def refusals(self) -> None:
         for grammar in filter(self.can, WRONG):
