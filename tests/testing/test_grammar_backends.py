@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lightllm.grammar import Fixed, Json, OneOf, Regex, Repeated, Triggered
+from lightllm.grammar import Json, Regex, Repeated, Triggered
 from lightllm.testing import check_grammar_backend
 from lightllm_builtin.grammar.backend import Llguidance, Matcher
 
@@ -79,7 +79,7 @@ class Spaced(Llguidance):
 
     def compile(self, grammar: Any) -> Any:
         if isinstance(grammar, Json) and "maxItems" in grammar.schema and "boolean" in grammar.schema:
-            grammar = OneOf((grammar, Fixed("[false, true]")))
+            grammar = Regex(r"\[(true|false)(, ?(true|false))?\]")
         return super().compile(grammar)
 
 
