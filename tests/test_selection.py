@@ -11,20 +11,22 @@ import pytest
 
 from lightllm import ExecutorRecord, LinearMethodRecord, ModelInfo, SamplerRecord, UserError, hookimpl
 from lightllm.checks import Wrong
-from lightllm.interfaces import ExecutorJob
-from lightllm.plugins import Plugins
+from lightllm.interfaces import DeviceJob, ExecutorJob
+from lightllm.plugins import Plugins, Recipe
 from lightllm.selection import choose
+
+CPU = DeviceJob(device="cpu", dtype="float32")
 
 
 def with_records(**kinds: list[Any]) -> Plugins:
-    """The built-ins and a plugin called mine. ``kinds``: e.g. samplers=[SamplerRecord(...)]."""
+    """The built-ins, but Triton's sampler, and a plugin called mine. ``kinds``: e.g. samplers=[SamplerRecord(...)]."""
 
     def answer(records: list[Any]) -> Callable[[], list[Any]]:
         return hookimpl(lambda: records)
 
     mine = types.ModuleType("mine")
     vars(mine).update({f"lightllm_{kind}": answer(records) for kind, records in kinds.items()})
-    return Plugins.discover(extra=[("mine", mine)])
+    return Plugins.discover(Recipe(blocked=("triton-sampling",)), extra=[("mine", mine)])
 
 
 def sampler(name: str = "standard", priority: int = 0) -> SamplerRecord:
@@ -34,7 +36,7 @@ def sampler(name: str = "standard", priority: int = 0) -> SamplerRecord:
 def test_the_highest_priority_serves_and_the_log_says_who_was_passed_over(caplog: pytest.LogCaptureFixture) -> None:
     plugins = with_records(samplers=[sampler("fast", 5), sampler("slow", -5)])
     with caplog.at_level(logging.INFO, "lightllm"):
-        assert choose(plugins, "samplers", "auto").address == "mine/fast"
+        assert choose(plugins, "samplers", "auto", CPU).address == "mine/fast"
     assert caplog.messages == [
         "sampler: mine/fast (extra) (not sampling/standard: of lower priority; "
         "not mine/slow (extra): of lower priority)"
@@ -42,15 +44,15 @@ def test_the_highest_priority_serves_and_the_log_says_who_was_passed_over(caplog
 
 
 def test_a_built_in_serves_before_others_of_its_priority() -> None:
-    assert choose(with_records(samplers=[sampler("other")]), "samplers", "auto").address == "sampling/standard"
+    assert choose(with_records(samplers=[sampler("other")]), "samplers", "auto", CPU).address == "sampling/standard"
 
 
 def test_a_name_that_two_have_must_be_said_in_full(caplog: pytest.LogCaptureFixture) -> None:
     plugins = with_records(samplers=[sampler()])
     with pytest.raises(UserError, match=r"say sampling/standard \(lightllm-serve .*\) or mine/standard \(extra\)"):
-        choose(plugins, "samplers", "standard")
+        choose(plugins, "samplers", "standard", CPU)
     with caplog.at_level(logging.INFO, "lightllm"):
-        assert choose(plugins, "samplers", "mine/standard").plugin.name == "mine"
+        assert choose(plugins, "samplers", "mine/standard", CPU).plugin.name == "mine"
     assert caplog.messages == ["sampler: mine/standard (extra), as asked for"]
 
 

@@ -137,14 +137,21 @@ class _Check:
             shard = Shard(rank, ranks)
             packed = self.make(shard).linear(INPUTS, PARTS, bias=bias, split="columns")
             summed = self.make(shard).linear(INPUTS, PARTS[0], bias=bias, split="rows")
-            for layer, parts in ((packed, 3), (summed, 1)):
-                for part in range(parts):
-                    layer.load("weight", weights[part], part if parts > 1 else None)
-                    if bias:
-                        layer.load("bias", biases[part], part if parts > 1 else None)
-                layer.finish()
-            columns.append(packed.method.apply(packed, x).split(packed.outs, -1))
-            rows.append(summed.method.apply(summed, shard.cut(x, 1).contiguous()))
+            try:
+                for layer, parts in ((packed, 3), (summed, 1)):
+                    for part in range(parts):
+                        layer.load("weight", weights[part], part if parts > 1 else None)
+                        if bias:
+                            layer.load("bias", biases[part], part if parts > 1 else None)
+                    layer.finish()
+                columns.append(packed.method.apply(packed, x).split(packed.outs, -1))
+                rows.append(summed.method.apply(summed, shard.cut(x, 1).contiguous()))
+            except Exception as error:
+                raise broken(
+                    "a method holds this rank's part: layer.inputs and layer.outs, not the full sizes",
+                    f"rank {rank} of {ranks}, {'with' if bias else 'without'} bias",
+                    f"it raised {type(error).__name__}: {error}",
+                ) from error
         for part, (weight, each) in enumerate(zip(weights, zip(*columns, strict=True), strict=True)):
             expected = F.linear(x.double(), weight.double(), biases[part].double() if bias else None)
             self.same(torch.cat(each, -1), expected, x, f"part {part} of a packed layer that {ranks} ranks share")
