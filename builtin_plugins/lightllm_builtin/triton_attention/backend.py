@@ -26,10 +26,14 @@ EVERYTHING = 1 << 30
 
 @dataclass(frozen=True)
 class Tiles:
-    """How much a program holds, for heads up to ``head_dim``. To be measured on a device: these are FlashAttention-2's
-    usual ones, and nobody has."""
+    """How much a program holds, for heads of up to ``head_bytes``, their size rounded up to a power of two.
 
-    head_dim: int
+    They fit into 99 KiB of shared memory, what devices from compute capability 8.0 on have at least (a test compiles
+    them). To be measured: time `attend` on a device for each shape of interest over ``queries`` and ``keys`` in 32, 64,
+    128, ``warps`` in 4, 8, ``stages`` in 2, 3, 4. These are FlashAttention-2's usual ones, and nobody has.
+    """
+
+    head_bytes: int
     queries: int
     keys: int
     decode_keys: int
@@ -38,9 +42,10 @@ class Tiles:
 
 
 TILES = (
-    Tiles(head_dim=64, queries=128, keys=64, decode_keys=128, warps=4, stages=3),
-    Tiles(head_dim=128, queries=128, keys=64, decode_keys=64, warps=8, stages=3),
-    Tiles(head_dim=256, queries=64, keys=32, decode_keys=32, warps=8, stages=2),
+    Tiles(head_bytes=128, queries=128, keys=64, decode_keys=128, warps=4, stages=3),
+    Tiles(head_bytes=256, queries=128, keys=64, decode_keys=64, warps=8, stages=3),
+    Tiles(head_bytes=512, queries=64, keys=32, decode_keys=32, warps=8, stages=2),
+    Tiles(head_bytes=1024, queries=32, keys=16, decode_keys=16, warps=4, stages=2),
 )
 
 
@@ -57,14 +62,26 @@ class Plan:
     blocks: Tensor
 
 
-class TritonAttention:
-    """`lightllm.AttentionBackend`."""
+def padded(size: int) -> int:
+    """What a kernel holds it in: a power of two, and a matrix product has 16 of everything at least."""
+    return max(16, int(triton.next_power_of_2(size)))
 
-    capturable: ClassVar[bool] = False  # a plan's tensors are new ones each step
+
+class TritonAttention:
+    """`lightllm.AttentionBackend`.
+
+    Not capturable: a graph would replay the addresses and the numbers of the step it was captured in. For that, `plan`
+    would have to fill tensors that stay (the table at its largest size), `attend` to keep its partial results in
+    memory that stays, and grid and parts to depend on the padded batch alone, not on the lengths.
+    """
+
+    capturable: ClassVar[bool] = False
 
     def __init__(self, job: AttentionJob, pool: KVPool) -> None:
         self.pool = pool
-        self.tiles = next(t for t in TILES if t.head_dim >= max(layer.head_dim for layer in job.layers))
+        itemsize = getattr(torch, job.dtype).itemsize
+        largest = itemsize * max(padded(layer.head_dim) for layer in job.layers)
+        self.tiles = next(tiles for tiles in TILES if tiles.head_bytes >= largest)
 
     def plan(self, batch: Batch) -> Plan:
         device = batch.slots.device
@@ -112,18 +129,17 @@ class TritonAttention:
         parts = self.parts(count * layer.kv_heads, min(plan.longest, window))
         partial = torch.empty(count, heads, parts, dim, dtype=torch.float32, device=q.device)
         logsum = torch.empty(count, heads, parts, dtype=torch.float32, device=q.device)
-        padded = max(16, triton.next_power_of_2(dim))  # a matrix product has 16 of everything at least
         kernels.decode[(count, layer.kv_heads, parts)](
             q, pool_k, pool_v, plan.table, plan.rows, plan.starts, plan.lengths, out, partial, logsum,
             q.stride(0), q.stride(1), layer.scale, window,
-            HEADS=heads, KV_HEADS=layer.kv_heads, D=dim, BD=padded,
-            BH=max(16, triton.next_power_of_2(heads // layer.kv_heads)), BN=tiles.decode_keys,
+            HEADS=heads, KV_HEADS=layer.kv_heads, D=dim, BD=padded(dim),
+            BH=padded(heads // layer.kv_heads), BN=tiles.decode_keys,
             SPLITS=parts, SOFTCAP=layer.softcap or 0.0, num_warps=4, num_stages=tiles.stages,
         )  # fmt: skip
         if parts > 1:
             kernels.combine[(count, heads)](
                 partial, logsum, plan.rows, out,
-                HEADS=heads, D=dim, BD=padded, SPLITS=parts, BS=triton.next_power_of_2(parts),
+                HEADS=heads, D=dim, BD=padded(dim), SPLITS=parts, BS=triton.next_power_of_2(parts),
             )  # fmt: skip
 
     def _prefill(
@@ -133,7 +149,7 @@ class TritonAttention:
             q, pool_k, pool_v, plan.table, plan.blocks, out,
             q.stride(0), q.stride(1), layer.scale, layer.window or EVERYTHING,
             HEADS=layer.heads, KV_HEADS=layer.kv_heads, D=layer.head_dim,
-            BD=max(16, triton.next_power_of_2(layer.head_dim)), BM=self.tiles.queries, BN=self.tiles.keys,
+            BD=padded(layer.head_dim), BM=self.tiles.queries, BN=self.tiles.keys,
             SOFTCAP=layer.softcap or 0.0, num_warps=self.tiles.warps, num_stages=self.tiles.stages,
         )  # fmt: skip
 

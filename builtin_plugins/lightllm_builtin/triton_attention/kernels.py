@@ -45,7 +45,7 @@ def write_slots(
 def _scores(q, keys, seen, scale, SOFTCAP: tl.constexpr):
     """q [rows, BD] by keys [BN, BD] -> scaled, capped, masked scores [rows, BN] in units of log2(e)."""
     scores = _product(q, tl.trans(keys)) * scale
-    if SOFTCAP:
+    if SOFTCAP > 0.0:  # a bool: compiled, unlike interpreted, `if` takes no float
         # tanh, which Triton has for some devices only
         scores = SOFTCAP * (2 * tl.sigmoid(2 * scores / SOFTCAP) - 1)
     return tl.where(seen, scores * LOG2E, float("-inf"))
@@ -124,7 +124,8 @@ def decode(
         scores = _scores(query, keys, there[None, :], scale, SOFTCAP)
         top, total, sums = _take_in(scores, values, top, total, sums)
 
-    result = sums / tl.where(total == 0.0, 1.0, total)[:, None]
+    total = tl.where(total == 0.0, 1.0, total)  # a part may be empty
+    result = sums / total[:, None]
     if SPLITS == 1:
         tl.store(out + (row * HEADS + head[:, None]) * D + d[None, :], result.to(out.dtype.element_ty), mask=ours)
     else:
