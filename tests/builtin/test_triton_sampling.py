@@ -138,6 +138,15 @@ def test_tokens_are_the_standard_samplers_where_the_order_is() -> None:
     assert len({*found}) > 50
 
 
+def test_logits_may_be_a_view() -> None:
+    logits = torch.randn(6, 90, generator=torch.Generator().manual_seed(2))
+    rows = [Row(SamplingParams(temperature=i % 3, top_k=9), seed=i) for i in range(6)]
+    wide = torch.full((6, 100), 9.0)
+    wide[:, 3:93] = logits
+    for view in (logits.T.contiguous().T, wide[:, 3:93]):
+        assert sampler.TritonSampler().sample(view, rows).tolist() == sample(logits, rows)
+
+
 def test_memory_that_is_not_written_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     """The answer is poisoned before the kernel writes it."""
     empty = torch.empty
@@ -177,11 +186,15 @@ def test_cuts_that_nothing_reaches_keep_something(monkeypatch: pytest.MonkeyPatc
     assert drawn([0.0, 1.0, 3.0, 2.0], [0.0, 0.999], monkeypatch, top_p=1e-46) == [2, 2]
 
 
-def test_the_ends_of_a_vocabulary_of_equals_are_not_rounded_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same tokens as by exact arithmetic, at a size where float32 could not tell neighbours apart."""
+def test_neighbours_in_a_large_vocabulary_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where sums in float32 from block to block would be off by more than a token."""
     size = 300_000
-    numbers = [(token + 0.5) / size for token in (0, 262_145, size - 1)]
-    assert drawn([0.5] * size, numbers, monkeypatch) == [0, 262_145, size - 1]
+    logits = torch.zeros(size)
+    logits[-1] = 1.0
+    weights = logits.double().exp()
+    tokens = [1, 150_001, size - 2, size - 1]
+    numbers = ((weights.cumsum(0) - weights * 0.9) / weights.sum())[tokens].tolist()
+    assert drawn(logits.tolist(), numbers, monkeypatch) == tokens
 
 
 COMPILE = """

@@ -6,9 +6,15 @@ import pytest
 from attention_steps import Step, check, steps
 from hypothesis import given, settings
 
+from lightllm.testing import check_attention_backend
 from lightllm_builtin.triton_attention import backend
 
 pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_decodes_and_prefills_are_attention(dtype: str) -> None:
+    check_attention_backend(backend.TritonAttention, device="cuda", dtype=dtype)
 
 
 @settings(max_examples=200, deadline=None)

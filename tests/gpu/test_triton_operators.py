@@ -1,4 +1,4 @@
-"""Triton's operators on a CUDA device: operator_cases.py, and the sizes of real models. The kit: test_kernels.py."""
+"""Triton's operators on a CUDA device: by the kit, by operator_cases.py, and at the sizes of real models."""
 
 from __future__ import annotations
 
@@ -12,11 +12,17 @@ from hypothesis import strategies as st
 from operator_cases import close, gates, norms, rotations
 
 from lightllm.nn.operators import TorchOperators
+from lightllm.testing import check_operators
 from lightllm_builtin.triton_operators.operators import TritonOperators
 
 pytestmark = pytest.mark.gpu
 
 DTYPES = (torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_they_compute_what_their_contract_says(dtype: str) -> None:
+    check_operators(TritonOperators, device="cuda", dtype=dtype)
 
 
 # few examples: the kernels are compiled for each size

@@ -1,4 +1,4 @@
-"""Triton's sampler on a CUDA device, at the sizes of real vocabularies. The kit: test_kernels.py."""
+"""Triton's sampler on a CUDA device: by the kit, and at the sizes of real vocabularies."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lightllm.engine.request import SamplingParams
+from lightllm.testing import check_sampler
 from lightllm.testing.rows import Row
 from lightllm.testing.samplers import unlike, wanted
 from lightllm_builtin.sampling.sampler import StandardSampler
@@ -16,6 +17,11 @@ from lightllm_builtin.triton_sampling.sampler import TritonSampler
 pytestmark = pytest.mark.gpu
 
 SIZES = (32_000, 128_256, 151_936)
+
+
+@pytest.mark.parametrize("sampler", [TritonSampler, StandardSampler])
+def test_it_samples_as_requests_ask(sampler: type) -> None:
+    check_sampler(sampler, device="cuda")
 
 
 def logits(rows: int, size: int, dtype: torch.dtype) -> torch.Tensor:

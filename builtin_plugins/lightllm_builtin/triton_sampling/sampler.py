@@ -17,13 +17,14 @@ BLOCK = 2048
 """Logits that a program holds at a time."""
 
 WARPS = 16
-"""Of a program. Compiled for sm_90 its threads then need 112 registers, with 4 warps 245 of 255. Neither was timed: on
+"""Of a program. Compiled for sm_90 its threads then need 116 registers, with 4 warps 245 of 255. Neither was timed: on
 a device, time `draw` over WARPS 4, 8, 16 and BLOCK 1024, 2048, 4096, for 1 and 256 rows of 128,256 logits."""
 
 
 class TritonSampler:
-    """`lightllm.Sampler`. The distribution is the standard sampler's, the draws are others: there tokens lie in the
-    order of their probability, here of their ids."""
+    """`lightllm.Sampler`. A draw is the standard sampler's wherever tokens lie in the same order: here always that of
+    their ids, there that of their probability for rows with top-k or top-p. Such rows have its distribution, but for
+    tokens as likely as the last one kept, all of which are kept here."""
 
     def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         penalize(logits, rows)
@@ -31,6 +32,8 @@ class TritonSampler:
         greedy = [i for i, row in enumerate(rows) if row.params.temperature < GREEDY]
         if len(greedy) == len(rows):
             return logits.argmax(-1)
+        if logits.stride(-1) != 1:
+            logits = logits.contiguous()
         size = logits.shape[-1]
 
         def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
