@@ -26,7 +26,7 @@ from lightllm.interfaces import (
     UserError,
 )
 from lightllm.plugins import Plugins, Provided, Recipe
-from lightllm.selection import adapters, choose, claimed_fields, model_record
+from lightllm.selection import adapters, choose, claimed_fields, model_record, serving_models
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +79,7 @@ def open_checkpoint(plugins: Plugins, path: Path) -> tuple[Provided, Checkpoint,
 
 
 def _completed(plugins: Plugins, info: ModelInfo) -> ModelInfo:
-    serving = [p for p in plugins.records("models") if info.architecture in p.record.architectures]
+    serving = serving_models(plugins, info)
     if len(serving) != 1 or serving[0].record.complete is None:
         return info  # where there is not one, `model_record` will say so
     with blamed(serving[0].label):
@@ -125,7 +125,7 @@ def build_engine(
     from lightllm.engine.kvcache import KVCache
     from lightllm.engine.scheduler import Scheduler
 
-    _, checkpoint, info = open_checkpoint(plugins, path)
+    weight_format, checkpoint, info = open_checkpoint(plugins, path)
     eos_token_ids = info.eos_token_ids()
     vocab_size: int = info.config["vocab_size"]
     # made when it is first needed: most servers never do
@@ -137,7 +137,7 @@ def build_engine(
 
     def build() -> Runner:
         with blamed("building the model"):
-            return _build_worker(config, plugins, path, device, grammars, report)
+            return _build_worker(config, plugins, weight_format, info, path, device, grammars, report)
 
     name = f"the executor {provided.label}"
     with blamed(name):
@@ -156,6 +156,8 @@ def build_engine(
 def _build_worker(
     config: Config,
     plugins: Plugins,
+    weight_format: Provided,
+    info: ModelInfo,
     path: Path,
     device: torch.device,
     grammars: Grammars,
@@ -181,7 +183,6 @@ def _build_worker(
         names[type(made)] = f"the {kind} {provided.label}"
         return made
 
-    format_record, _, info = open_checkpoint(plugins, path)
     record = model_record(plugins, info)
     dtype = _dtype(config, info, device)
     method = choose(plugins, "linear_methods", config.quantization, info)
@@ -198,8 +199,8 @@ def _build_worker(
     with torch.inference_mode():
         model = make("model", record, info, layers)
         parameters = sum(p.numel() for p in model.parameters())
-        source = make("weight format", format_record, path, info, adapters(plugins, format_record))
-        with blamed(f"loading the weights with {format_record.label}"):
+        source = make("weight format", weight_format, path, info, adapters(plugins, weight_format))
+        with blamed(f"loading the weights with {weight_format.label}"):
             load_weights(
                 model, source, lambda done, total: report(Loading(stage="loading weights", done=done, total=total))
             )

@@ -63,9 +63,13 @@ def _why_not(candidate: Provided, facts: tuple[Any, ...]) -> str | None:
     return answer
 
 
+def serving_models(plugins: Plugins, info: ModelInfo) -> list[Provided]:
+    return [p for p in plugins.records("models") if info.architecture in p.record.architectures]
+
+
 def model_record(plugins: Plugins, info: ModelInfo) -> Provided:
     """The model plugin for this architecture. Raises UserError when there is none, or several."""
-    serving = [p for p in plugins.records("models") if info.architecture in p.record.architectures]
+    serving = serving_models(plugins, info)
     if len(serving) == 1:
         return serving[0]
     if serving:

@@ -13,7 +13,7 @@ from litestar.types import ASGIApp
 
 from lightllm.server import completions, openai
 from lightllm.server.answer import JsonAnswer, api_error
-from lightllm.server.plugin_parts import refuse_collisions
+from lightllm.server.plugin_parts import error_response, refuse_collisions
 from lightllm.server.protocol import (
     ApiError,
     DetokenizeRequest,
@@ -126,8 +126,7 @@ def _json(value: Any) -> ASGIApp:
 
 
 def _on_error(_: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
-    answer = api_error(error)
-    return Response(answer.body(), status_code=answer.status, media_type="application/json", headers=answer.headers)
+    return error_response(api_error(error))
 
 
 def _key_guard(key: str) -> Any:

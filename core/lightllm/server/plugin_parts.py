@@ -12,13 +12,17 @@ from litestar.exceptions import HTTPException
 
 from lightllm.checks import blamed, describe
 from lightllm.interfaces import UserError
+from lightllm.options import CORE
 from lightllm.server.answer import api_error, internal_error
 from lightllm.server.protocol import ApiError
 
 log = logging.getLogger("lightllm.server")
 
-CORE = "lightllm-serve itself"
 _PLUGIN = "plugin"
+
+
+def error_response(answer: ApiError) -> Response[bytes]:
+    return Response(answer.body(), status_code=answer.status, media_type="application/json", headers=answer.headers)
 
 
 def plugin_router(label: str, handlers: Sequence[Any]) -> Router:
@@ -29,7 +33,7 @@ def plugin_router(label: str, handlers: Sequence[Any]) -> Router:
             answer = api_error(error)
         else:
             answer = internal_error(error, f"plugin {label} failed in {request.method} {request.url.path}")
-        return Response(answer.body(), status_code=answer.status, media_type="application/json", headers=answer.headers)
+        return error_response(answer)
 
     with blamed(f"plugin {label}: lightllm_routes"):
         return Router("/", route_handlers=handlers, exception_handlers={Exception: on_error}, opt={_PLUGIN: label})
