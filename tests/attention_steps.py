@@ -105,7 +105,6 @@ def run(backend: Any, step: Step, device: str = "cpu") -> Ran:
     order = torch.randperm(slots, generator=generator) if step.scattered else torch.arange(slots)
     tables = [table.to(device) for table in order[: sum(lengths)].split(lengths)]
     contexts = [(normal(n, spec.kv_heads), normal(n, spec.kv_heads)) for n in lengths]
-    new_slots = torch.cat([table[cached:] for (cached, _), table in zip(step.sizes, tables, strict=True)])
 
     q = normal(sum(new for _, new in step.sizes), spec.heads)
     k, v = (torch.cat([c[i][cached:] for (cached, _), c in zip(step.sizes, contexts, strict=True)]) for i in (0, 1))
@@ -121,13 +120,7 @@ def run(backend: Any, step: Step, device: str = "cpu") -> Ran:
 
     with poisoned_memory(), torch.inference_mode():
         target = backend(job, pool)
-        batch = Batch(
-            slots=new_slots,
-            query_lengths=[new for _, new in step.sizes],
-            context_lengths=lengths,
-            tables=tables,
-            attention=target,
-        )
+        batch = Batch.of(tables, [new for _, new in step.sizes], target)
         batch.plan = target.plan(batch)
         out = target.attend(spec, q, k, v, batch)
     return Ran(spec, batch, pool, before, contexts, q, k, v, out)

@@ -62,9 +62,14 @@ class Compiled:
 
 
 if __name__ == "__main__":
-    launched = {name: getattr(kernels, name) for name in ("write_slots", "decode", "combine", "prefill")}
+    names = ("write_slots", "rotate_and_write", "decode", "combine", "prefill")
+    launched = {name: getattr(kernels, name) for name in names}
     for job in map(json.loads, sys.argv[1:]):
         capability = job.pop("capability")
         for name, kernel in launched.items():
             setattr(kernels, name, Compiled(kernel, capability))
-        run(backend.TritonAttention, Step(**job, sizes=((2000, 1), (100, 50))))
+        ran = run(backend.TritonAttention, Step(**job, sizes=((2000, 1), (100, 50))))
+        turn = torch.ones(2, len(ran.q), 1, ran.spec.head_dim, dtype=ran.q.dtype)
+        target, qkv = ran.batch.attention, torch.cat((ran.q, ran.k, ran.v), 1)
+        target._attend = lambda layer, q, batch: q  # compiled already
+        target.attend_packed(ran.spec, qkv, tuple(turn), ran.batch)

@@ -38,6 +38,8 @@ OPTIONS = {
     "max_running_requests": ("7", 7),
     "max_batch_tokens": ("77", 77),
     "prefix_cache": (None, True),
+    "overlap": (None, True),
+    "cuda_graphs": (None, True),
     "chat_template": ("t.jinja", "t.jinja"),
     "tool_call_parser": ("qwen25", "qwen25"),
     "reasoning_parser": ("deepseek-r1", "deepseek-r1"),

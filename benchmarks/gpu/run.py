@@ -176,13 +176,7 @@ def attention_seconds(
     pool = KVPool([spec], sequences * context, getattr(torch, dtype), device)
     backend = plugins.load(chosen)(job, pool)
     slots = torch.arange(sequences * context, device=device).view(sequences, context)
-    batch = Batch(
-        slots=slots[:, context - new :].flatten(),
-        query_lengths=[new] * sequences,
-        context_lengths=[context] * sequences,
-        tables=list(slots),
-        attention=backend,
-    )
+    batch = Batch.of(list(slots), [new] * sequences, backend)
     batch.plan = backend.plan(batch)
 
     def tensor(heads: int) -> torch.Tensor:

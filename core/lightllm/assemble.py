@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from lightllm.checks import blamed
+from lightllm.checks import blamed, describe
 from lightllm.config import Config, parse_size
 from lightllm.interfaces import (
     AttentionJob,
@@ -50,6 +50,10 @@ CPU_CACHE_BYTES = 4 << 30
 GPU_MEMORY_SHARE = 0.9
 STEP_HEADROOM_BYTES = 1 << 30
 """Left free on a GPU for activations and logits."""
+
+
+LARGEST_GRAPH = 256
+"""Sequences: with more, a step takes the device longer than it takes Python to start its kernels."""
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True):
@@ -166,6 +170,7 @@ def _build_worker(
     """The model with all it needs to compute a step."""
     import torch
 
+    from lightllm.engine.inputs import Rows
     from lightllm.engine.masks import Masks
     from lightllm.engine.request import Loading, Ready
     from lightllm.engine.runner import Runner
@@ -223,8 +228,38 @@ def _build_worker(
         f"KV cache: {slots:,} tokens ({pool_bytes / 2**30:.2f} GiB), "
         f"{slots / max_model_len:.1f} requests of the full {max_model_len:,} tokens",
     ]
-    ready = Ready(max_model_len=max_model_len, total_slots=slots, vocab_size=vocab_size, summary=summary)
-    return Runner(ready, model, attention, sampler, processors, Masks(grammars, vocab_size, device), device, names)
+    ready = Ready(
+        max_model_len=max_model_len,
+        total_slots=slots,
+        vocab_size=vocab_size,
+        overlap=config.overlap and device.type == "cuda" and sampler.overlaps,
+        summary=summary,
+    )
+    rows = Rows(config.max_running_requests, max_model_len, slots, device)
+    masks = Masks(grammars, vocab_size, device)
+    runner = Runner(ready, model, attention, sampler, processors, masks, rows, device, names)
+    if config.cuda_graphs and device.type == "cuda" and attention.capturable:
+        summary.append(_capture(runner, config, lambda n, of: report(Loading(stage="capturing", done=n, total=of))))
+    return runner
+
+
+def _capture(runner: Runner, config: Config, progress: Callable[[int, int], None]) -> str:
+    """A line about it. A model that cannot be captured runs all the same."""
+    import time
+
+    import torch
+
+    from lightllm.engine.graphs import CudaCapture, batch_sizes
+
+    sizes = batch_sizes(min(config.max_running_requests, LARGEST_GRAPH))
+    begin, free = time.monotonic(), torch.cuda.mem_get_info()[0]
+    try:
+        runner.capture(sizes, CudaCapture(), progress)
+    except Exception as error:
+        log.debug("a step cannot be captured", exc_info=error)
+        return f"CUDA graphs: none, a step cannot be captured ({describe(error)})"
+    taken = (free - torch.cuda.mem_get_info()[0]) / 2**30
+    return f"CUDA graphs: {len(sizes)} batch sizes up to {sizes[-1]}, {taken:.2f} GiB, {time.monotonic() - begin:.1f} s"
 
 
 def _device(config: Config) -> torch.device:

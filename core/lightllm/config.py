@@ -71,6 +71,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         Positive | None, Meta(description="tokens in one step at most; longer prompts are prefilled in chunks")
     ] = None
     prefix_cache: Annotated[bool, Meta(description="reuse the KV cache of shared prompt beginnings")] = True
+    overlap: Annotated[bool, Meta(description="plan the next step while a CUDA device computes this one")] = True
+    cuda_graphs: Annotated[bool, Meta(description="replay captured CUDA graphs where a step is decodes alone")] = True
 
     chat_template: Annotated[str | None, Meta(description="jinja2 file to use for the model's own template")] = None
     tool_call_parser: Annotated[

@@ -257,7 +257,8 @@ class AttentionBackend(Protocol):
     """Writes each step's keys and values into the pool and attends over it. Knows no model."""
 
     capturable: ClassVar[bool]
-    """Whether `attend` may run inside a CUDA graph."""
+    """Whether steps of one new token a sequence may be captured in a CUDA graph: `plan` and `attend` then go by the
+    batch's tensors, which hold other numbers at every replay, and of its lists by the number of sequences only."""
 
     def __init__(self, job: AttentionJob, pool: KVPool) -> None: ...
 
@@ -268,6 +269,16 @@ class AttentionBackend(Protocol):
         self, layer: AttentionSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch
     ) -> torch.Tensor:
         """q [tokens, heads, head_dim]; k, v [tokens, kv_heads, head_dim] -> [tokens, heads, head_dim]."""
+
+
+class PackedAttention(AttentionBackend, Protocol):
+    """An attention backend that rotates queries and keys while it writes keys and values into the pool."""
+
+    def attend_packed(
+        self, layer: AttentionSpec, qkv: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor], batch: Batch
+    ) -> torch.Tensor:
+        """As `attend`, of qkv [tokens, heads + 2 kv_heads, head_dim] whose queries and keys are yet to be rotated, as
+        `Operators.rotate` does. Used by models whose projection is packed, in place of these two."""
 
 
 class Operators(Protocol):
@@ -299,16 +310,24 @@ class SamplingRow(Protocol):
     params: SamplingParams
     prompt: list[int]
     output: list[int]
+    """The tokens generated so far; under a sampler that `overlaps <Sampler>`, all but the last few where the request
+    sets no penalty, no field of a logits processor and has no grammar."""
+    generated: int
+    """How many there are."""
     index: int
     """Which of the request's ``n`` choices this is."""
     seed: int
-    """The request's seed, or one drawn for it. The same (seed, index, len(output)) must give the same draw."""
+    """The request's seed, or one drawn for it. The same (seed, index, generated) must give the same draw."""
     stop_ids: tuple[int, ...]
     """Ids that end this sequence: the model's eos (unless ignore_eos) and the request's stop_token_ids."""
 
 
 class Sampler(Protocol):
     """Picks the next token of every row. Log-probabilities are the core's: taken before the sampler sees the logits."""
+
+    overlaps: ClassVar[bool]
+    """Whether a step may begin before the tokens of the one before it are known: `sample` then looks at ``row.output``
+    for penalties only, and counts by ``row.generated``."""
 
     def __init__(self) -> None: ...
 
@@ -351,8 +370,12 @@ class Worker(Protocol):
     ready: Ready
     """What it can hold."""
 
-    def run(self, plan: Plan) -> list[Result]:
-        """One result for every item of the plan, in its order. May be asked again for a part of a plan that failed."""
+    def start(self, plan: Plan) -> Callable[[], list[Result]]:
+        """Begin a step. What is given back waits for its results, one for every item of the plan, in its order.
+
+        Where ``ready.overlap``, the next step may be begun before these are asked for; steps are done, and asked for,
+        in the order they were begun. May be asked again for a part of a plan that failed.
+        """
 
 
 class Executor(Protocol):
@@ -365,8 +388,8 @@ class Executor(Protocol):
     def __init__(self, job: ExecutorJob, build: Callable[[], Worker]) -> None:
         """``build`` makes a worker in the process that calls it, which takes as long as loading the model."""
 
-    def run(self, plan: Plan) -> list[Result]:
-        """As `Worker.run`."""
+    def start(self, plan: Plan) -> Callable[[], list[Result]]:
+        """As `Worker.start`."""
 
     def close(self) -> None:
         """End what was started."""

@@ -32,13 +32,7 @@ def attend(spec: AttentionSpec, sizes: list[tuple[int, int]]) -> tuple[torch.Ten
     new_slots = torch.cat([t[cached:] for (cached, _), t in zip(sizes, tables, strict=True)])
     pool.k[0][:at], pool.v[0][:at] = keys, values
     pool.k[0][new_slots] = pool.v[0][new_slots] = 1e4
-    batch = Batch(
-        slots=new_slots,
-        query_lengths=[new for _, new in sizes],
-        context_lengths=[cached + new for cached, new in sizes],
-        tables=tables,
-        attention=backend,
-    )
+    batch = Batch.of(tables, [new for _, new in sizes], backend)
     batch.plan = backend.plan(batch)
     out = backend.attend(spec, q, keys[new_slots], values[new_slots], batch)
 

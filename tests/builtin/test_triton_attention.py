@@ -90,7 +90,7 @@ def test_slots_far_into_a_large_pool() -> None:
     pool = KVPool(job.layers, slots, torch.float16, "cpu")
     tables = [torch.arange(slots - 36, slots - 30), torch.arange(slots - 30, slots)]
     target = backend.TritonAttention(job, pool)
-    batch = Batch(torch.cat(tables)[5:], [1, 30], [6, 30], tables, target)
+    batch = Batch.of(tables, [1, 30], target)
     pool.k[0][tables[0]], pool.v[0][tables[0]] = torch.randn(2, 6, 2, 256, dtype=torch.float16)
     q, k, v = torch.randn(3, 31, 2, 256, dtype=torch.float16)
     batch.plan = target.plan(batch)
@@ -115,13 +115,15 @@ def test_compiled_they_fit_into_the_shared_memory_of_any_device() -> None:
     ran = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     launches = [line.split() for line in ran.stdout.splitlines()]
-    assert [name for name, _ in launches] == ["write_slots", "decode", "combine", "prefill"] * len(jobs)
+    assert [name for name, _ in launches] == ["write_slots", "decode", "combine", "prefill", "rotate_and_write"] * len(
+        jobs
+    )
     assert max(int(size) for _, size in launches) <= 99 * 1024
 
 
 @pytest.mark.parametrize(
     ("programs", "keys", "expected"),
-    [(8, 1024, 4), (8, 8192, 32), (64 * 8, 8192, 1), (1, 100, 1), (1, 1 << 20, 256), (0, 0, 1)],
+    [(8, 1024, 16), (8, 8192, 64), (64 * 8, 8192, 2), (1, 100, 1), (1, 1 << 20, 64), (2000, 8192, 1)],
 )
 def test_decodes_are_cut_into_parts_until_a_device_is_full(programs: int, keys: int, expected: int) -> None:
     assert backend.TritonAttention.parts(programs, keys) == expected

@@ -56,6 +56,7 @@ def test_a_file_is_a_plugin(tmp_path: Path) -> None:
     path.write_text(
         "from lightllm import SamplerRecord, hookimpl\n"
         "class Sampler:\n"
+        "    overlaps = False\n"
         "    def sample(self, logits, rows): ...\n"
         "@hookimpl\n"
         "def lightllm_samplers():\n"

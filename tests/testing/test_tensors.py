@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightllm import AttentionBackendRecord, AttentionSpec, LogitsProcessorRecord, ModelInfo
+from lightllm.nn.operators import TorchOperators
 from lightllm.testing import (
     check_attention_backend,
     check_linear_method,
@@ -102,6 +104,39 @@ class Unsaid(TorchAttention):
     capturable: ClassVar[Any] = None
 
 
+class ByLists(TorchAttention):
+    """Says that it goes by the batch's tensors, and does not."""
+
+    capturable: ClassVar[bool] = True
+
+
+class Packed(TorchAttention):
+    def attend_packed(self, layer: Any, qkv: Tensor, cos_sin: Any, batch: Any) -> Tensor:
+        q, k, v = qkv.split((layer.heads, layer.kv_heads, layer.kv_heads), 1)
+        return self.attend(layer, self.turned(q, cos_sin), self.turned(k, cos_sin), v, batch)
+
+    def turned(self, x: Tensor, cos_sin: Any) -> Tensor:
+        return TorchOperators().rotate(x, cos_sin)
+
+
+class Unturned(Packed):
+    def turned(self, x: Tensor, cos_sin: Any) -> Tensor:
+        return x
+
+
+class HalfTurned(Packed):
+    """Takes all dimensions for rotated."""
+
+    def turned(self, x: Tensor, cos_sin: Any) -> Tensor:
+        return super().turned(x, [F.pad(t, (0, x.shape[-1] - t.shape[-1])) for t in cos_sin])
+
+
+class QueriesUnturned(Packed):
+    def attend_packed(self, layer: Any, qkv: Tensor, cos_sin: Any, batch: Any) -> Tensor:
+        q, k, v = qkv.split((layer.heads, layer.kv_heads, layer.kv_heads), 1)
+        return self.attend(layer, q, self.turned(k, cos_sin), v, batch)
+
+
 @pytest.mark.parametrize(
     ("backend", "rule"),
     [
@@ -113,11 +148,20 @@ class Unsaid(TorchAttention):
         (Forgetful, "attend writes each new token's keys to its slot"),
         (FirstLayer, "attend writes each new token's keys to its slot"),
         (Spilling, "attend changes no slot of the pool but the new tokens'"),
+        (ByLists, "as a replayed CUDA graph: context_lengths and rows are not this step's"),
+        (Unturned, "attend_packed writes each new token's key, rotated, to its slot"),
+        (HalfTurned, "attend_packed writes each new token's key, rotated, to its slot"),
+        (QueriesUnturned, "attend_packed gives attention over the keys that a query may see"),
         (Unsaid, "a backend says on its class whether attend may be captured"),
     ],
 )
 def test_a_wrong_attention_backend_is_told_why(backend: Any, rule: str) -> None:
     assert rule in broken(check_attention_backend, backend)
+
+
+def test_a_backend_that_rotates_passes() -> None:
+    check_attention_backend(Packed, cases=20)
+    check_attention_backend(Packed, cases=20, dtype="bfloat16")
 
 
 def test_what_a_backend_does_not_support_is_passed_over() -> None:
@@ -154,6 +198,17 @@ class Torch32(StandardSampler):
         return super().sample(logits, rows).int()
 
 
+class Undecided(StandardSampler):
+    overlaps: ClassVar[Any] = "maybe"
+
+
+class ByOutput(StandardSampler):
+    """Counts what it can see."""
+
+    def sample(self, logits: Tensor, rows: Any) -> Tensor:
+        return super().sample(logits, [type(row)(**vars(row) | {"unknown": 0}) for row in rows])
+
+
 class ByBatch(StandardSampler):
     """Its draws depend on the place in the batch."""
 
@@ -185,7 +240,9 @@ class Generator(StandardSampler):
         (with_rows(lambda row: {"top_p": 1.0}), "draws follow the distribution"),
         (with_rows(lambda row: {"min_p": 0.0}), "draws follow the distribution"),
         (SeedOnly, "draws follow the distribution"),
-        (ByBatch, "a draw is decided by (seed, index, len(output))"),
+        (ByBatch, "a draw is decided by (seed, index, generated)"),
+        (ByOutput, "a sampler that overlaps counts by row.generated, and does not look at row.output"),
+        (Undecided, "a sampler says on its class whether steps may overlap"),
         (Generator, "draws follow the distribution"),
         (with_rows(lambda row: {"logit_bias": {}}), "logit_bias is added before the choice"),
         (with_rows(lambda row: {"min_tokens": 0}), "a row's stop_ids wait until it has min_tokens"),

@@ -18,8 +18,8 @@ class LocalExecutor:
         self._worker = build()
         self.ready = self._worker.ready
 
-    def run(self, plan: Plan) -> list[Result]:
-        return self._worker.run(plan)
+    def start(self, plan: Plan) -> Callable[[], list[Result]]:
+        return self._worker.start(plan)
 
     def close(self) -> None:
         """The worker ends with the process."""

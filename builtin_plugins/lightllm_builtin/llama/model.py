@@ -66,15 +66,11 @@ class Attention(nn.Module):
         self.qkv_proj = make.linear(shape.hidden_size, (q, kv, kv), bias=shape.qkv_bias, split="columns")
         self.o_proj = make.linear(q, shape.hidden_size, bias=shape.out_bias, split="rows")
         self.attention = make.attention(shape.heads, shape.kv_heads, shape.head_dim, window=shape.windows[layer])
-        self.operators = make.operators
-        spec = self.attention.spec
-        self.heads, self.kv_heads, self.head_dim = spec.heads, spec.kv_heads, spec.head_dim
+        self.head_dim = shape.head_dim
 
     def forward(self, x: Tensor, cos_sin: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
-        qk = self.operators.rotate(qkv[:, : self.heads + self.kv_heads], cos_sin)
-        q, k = qk[:, : self.heads], qk[:, self.heads :]
-        y: Tensor = self.o_proj(self.attention(q, k, qkv[:, self.heads + self.kv_heads :], batch))
+        y: Tensor = self.o_proj(self.attention.packed(qkv, cos_sin, batch))
         return y
 
 

@@ -7,11 +7,13 @@ own distribution: what else is in the batch never enters.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lightllm import SamplingRow
+from lightllm.nn.transfer import send
 
 GREEDY = 1e-5
 """Temperatures below this mean: the likeliest token."""
@@ -22,6 +24,8 @@ CANDIDATES = 256
 
 class StandardSampler:
     """`lightllm.Sampler`."""
+
+    overlaps: ClassVar[bool] = True
 
     def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         penalize(logits, rows)
@@ -40,13 +44,13 @@ class StandardSampler:
                 ranked.append(i)
         for indices, draw in ((greedy, _greedy), (plain, _plain), (ranked, _ranked)):
             if indices:
-                where = torch.tensor(indices, device=logits.device)
+                where = send(indices, torch.int64, logits.device)
                 tokens[where] = draw(logits[where], [rows[i] for i in indices])
         return tokens
 
 
 def _column(values: Sequence[float], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.tensor(values, dtype=dtype, device=like.device).unsqueeze(1)
+    return send(values, dtype, like.device).unsqueeze(1)
 
 
 def _greedy(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
@@ -93,7 +97,7 @@ def _draw(weights: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     """One column a row with probability proportional to weights [rows, columns]; never one of weight 0."""
     # float64: u * total stays below total, so the search cannot run past the last positive weight
     cumulative = weights.cumsum(-1, dtype=torch.float64)
-    u = _column([uniform(r.seed, r.index, len(r.output)) for r in rows], weights, torch.float64)
+    u = _column([uniform(r.seed, r.index, r.generated) for r in rows], weights, torch.float64)
     found = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True).squeeze(1)
     return found.clamp_(max=weights.shape[-1] - 1)
 
@@ -132,9 +136,7 @@ def _counts(sequences: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
     """How often each token occurs: [sequences, vocabulary] float32."""
     width = logits.shape[-1]
     flat = [row * width + token for row, tokens in enumerate(sequences) for token in tokens]
-    counts = torch.bincount(
-        torch.tensor(flat, dtype=torch.int64, device=logits.device), minlength=len(sequences) * width
-    )
+    counts = torch.bincount(send(flat, torch.int64, logits.device), minlength=len(sequences) * width)
     return counts.view(len(sequences), width).to(torch.float32)
 
 
@@ -146,14 +148,14 @@ def add_bias(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
             at.append(i)
             tokens.append(token)
             values.append(bias)
-        if len(row.output) < row.params.min_tokens:
+        if row.generated < row.params.min_tokens:
             for token in row.stop_ids:
                 at.append(i)
                 tokens.append(token)
                 values.append(float("-inf"))
     if at:
         logits.index_put_(
-            (torch.tensor(at, device=logits.device), torch.tensor(tokens, device=logits.device)),
-            torch.tensor(values, device=logits.device),
+            (send(at, torch.int64, logits.device), send(tokens, torch.int64, logits.device)),
+            send(values, torch.float32, logits.device),
             accumulate=True,
         )

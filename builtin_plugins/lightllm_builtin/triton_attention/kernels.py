@@ -42,6 +42,53 @@ def write_slots(
 
 
 @triton.jit
+def rotate_and_write(
+    qkv,
+    cos,
+    sin,
+    q,
+    pool_k,
+    pool_v,
+    slots,
+    qkv_token,
+    qkv_head,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    ROTATED: tl.constexpr,
+):
+    """Of qkv [tokens, HEADS + 2 KV_HEADS, D] the query heads, rotated, into q [tokens, HEADS, D], the key heads,
+    rotated, and the value heads into their slots of the pool. Rotated is x * cos + roll(x, ROTATED / 2) * sin in the
+    first ROTATED dimensions, cos and sin [tokens, ROTATED]. A program takes a head of a token."""
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot = tl.load(slots + token)
+    i = tl.arange(0, BD)
+    mask = i < D
+    at = qkv + token * qkv_token + head * qkv_head
+    x = tl.load(at + i, mask=mask, other=0.0)
+    if head >= HEADS + KV_HEADS:
+        tl.store(pool_v + (slot * KV_HEADS + head - HEADS - KV_HEADS) * D + i, x, mask=mask)
+    else:
+        turns = i < ROTATED
+        other = tl.load(at + (i + ROTATED // 2) % ROTATED, mask=turns, other=0.0).to(tl.float32)
+        c = tl.load(cos + token * ROTATED + i, mask=turns, other=1.0).to(tl.float32)
+        s = tl.load(sin + token * ROTATED + i, mask=turns, other=0.0).to(tl.float32)
+        turned = (x.to(tl.float32) * c + other * s).to(q.dtype.element_ty)
+        if head < HEADS:
+            tl.store(q + (token * HEADS + head) * D + i, turned, mask=mask)
+        else:
+            tl.store(pool_k + (slot * KV_HEADS + head - HEADS) * D + i, turned, mask=mask)
+
+
+@triton.jit
+def _part(length, window, BN: tl.constexpr, PARTS: tl.constexpr, LEAST: tl.constexpr):
+    """The first key that a decode sees, and how many there are in each of its parts but the last."""
+    first = tl.maximum(length - window, 0)
+    return first, tl.maximum(tl.cdiv(tl.cdiv(length - first, PARTS), BN) * BN, LEAST)
+
+
+@triton.jit
 def _scores(q, keys, seen, scale, SOFTCAP: tl.constexpr):
     """q [rows, BD] by keys [BN, BD] -> scaled, capped, masked scores [rows, BN] in units of log2(e)."""
     scores = _product(q, tl.trans(keys)) * scale
@@ -70,14 +117,15 @@ def decode(
     pool_k,
     pool_v,
     table,
+    queries,
     rows,
-    starts,
     lengths,
     out,
     partial,
     logsum,
     q_token,
     q_head,
+    table_row,
     scale,
     window,
     HEADS: tl.constexpr,
@@ -86,37 +134,39 @@ def decode(
     BD: tl.constexpr,
     BH: tl.constexpr,
     BN: tl.constexpr,
-    SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,
+    LEAST: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
     """One new token a sequence: flash decoding (Dao, Haziza, Massa and Sizov, 2023).
 
-    A program is given a sequence, a kv head and one of ``SPLITS`` equal parts of the keys. The query heads that share
-    the kv head are the rows of one matrix (``BH`` rows, some of them nobody's), so keys are read once. With several
-    parts, each leaves its result in ``partial`` [sequences, HEADS, SPLITS, D] and the logarithm of its denominator in
-    ``logsum`` [sequences, HEADS, SPLITS], for `combine`.
+    ``queries``, ``rows``, ``lengths``: of each sequence, its token's row in q and out, its row in the table, how many
+    tokens it has. A program is given a sequence, a kv head and one of up to ``PARTS`` equal parts of the keys, of
+    ``LEAST`` of them at least. The query heads that share the kv head are the rows of one matrix (``BH`` rows, some of
+    them nobody's), so keys are read once. With several parts, each leaves its result in ``partial``
+    [sequences, HEADS, PARTS, D] and the logarithm of its denominator in ``logsum`` [sequences, HEADS, PARTS], for
+    `combine`.
     """
-    sequence, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    sequence, kv_head, number = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     GROUP: tl.constexpr = HEADS // KV_HEADS
-    row = tl.load(rows + sequence).to(tl.int64)
-    start = tl.load(starts + sequence)
-    length = tl.load(lengths + sequence)
-    first = tl.maximum(length - window, 0)
-    part = tl.cdiv(tl.cdiv(length - first, SPLITS), BN) * BN
-    begin = first + split * part
+    token = tl.load(queries + sequence)
+    slots = table + tl.load(rows + sequence) * table_row
+    length = tl.load(lengths + sequence).to(tl.int32)
+    first, part = _part(length, window, BN, PARTS, LEAST)
+    begin = first + number * part
     end = tl.minimum(begin + part, length)
 
     h, d = tl.arange(0, BH), tl.arange(0, BD)
     head = kv_head * GROUP + h
-    ours = (h[:, None] < GROUP) & (d[None, :] < D)
-    query = tl.load(q + row * q_token + head[:, None] * q_head + d[None, :], mask=ours, other=0.0)
+    ours = (h[:, None] < GROUP) & (d[None, :] < D) & (begin < length)
+    query = tl.load(q + token * q_token + head[:, None] * q_head + d[None, :], mask=ours, other=0.0)
     top = tl.full([BH], float("-inf"), tl.float32)
     total = tl.zeros([BH], tl.float32)
     sums = tl.zeros([BH, BD], tl.float32)
     for at in range(begin, end, BN):
         n = at + tl.arange(0, BN)
         there = n < end
-        slot = tl.load(table + start + n, mask=there, other=0).to(tl.int64)
+        slot = tl.load(slots + n, mask=there, other=0).to(tl.int64)
         place = (slot[:, None] * KV_HEADS + kv_head) * D + d[None, :]
         mask = there[:, None] & (d[None, :] < D)
         keys = tl.load(pool_k + place, mask=mask, other=0.0)
@@ -124,39 +174,45 @@ def decode(
         scores = _scores(query, keys, there[None, :], scale, SOFTCAP)
         top, total, sums = _take_in(scores, values, top, total, sums)
 
-    total = tl.where(total == 0.0, 1.0, total)  # a part may be empty
+    total = tl.where(total == 0.0, 1.0, total)  # there may be nothing to do
     result = sums / total[:, None]
-    if SPLITS == 1:
-        tl.store(out + (row * HEADS + head[:, None]) * D + d[None, :], result.to(out.dtype.element_ty), mask=ours)
+    if PARTS == 1:
+        tl.store(out + (token * HEADS + head[:, None]) * D + d[None, :], result.to(out.dtype.element_ty), mask=ours)
     else:
-        place = (sequence.to(tl.int64) * HEADS + head) * SPLITS + split
+        place = (sequence.to(tl.int64) * HEADS + head) * PARTS + number
         tl.store(partial + place[:, None] * D + d[None, :], result, mask=ours)
-        tl.store(logsum + place, top + tl.log2(total), mask=h < GROUP)  # of nothing, -inf
+        tl.store(logsum + place, top + tl.log2(total), mask=(h < GROUP) & (begin < length))
 
 
 @triton.jit
 def combine(
     partial,
     logsum,
-    rows,
+    queries,
+    lengths,
     out,
+    window,
     HEADS: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BS: tl.constexpr,
+    BN: tl.constexpr,
+    PARTS: tl.constexpr,
+    LEAST: tl.constexpr,
 ):
-    """The parts of `decode`, each weighted by its denominator. One program a sequence and head; ``BS`` >= SPLITS."""
+    """The parts of `decode`, each weighted by its denominator. One program a sequence and head."""
     sequence, head = tl.program_id(0), tl.program_id(1)
-    row = tl.load(rows + sequence).to(tl.int64)
-    s, d = tl.arange(0, BS), tl.arange(0, BD)
-    place = (sequence.to(tl.int64) * HEADS + head) * SPLITS + s
-    logs = tl.load(logsum + place, mask=s < SPLITS, other=float("-inf"))
+    token = tl.load(queries + sequence)
+    length = tl.load(lengths + sequence).to(tl.int32)
+    first, part = _part(length, window, BN, PARTS, LEAST)
+    s, d = tl.arange(0, PARTS), tl.arange(0, BD)
+    there = first + s * part < length
+    place = (sequence.to(tl.int64) * HEADS + head) * PARTS + s
+    logs = tl.load(logsum + place, mask=there, other=float("-inf"))
     weights = tl.exp2(logs - tl.max(logs, 0))
-    mask = (s[:, None] < SPLITS) & (d[None, :] < D)
+    mask = there[:, None] & (d[None, :] < D)
     parts = tl.load(partial + place[:, None] * D + d[None, :], mask=mask, other=0.0)
     result = tl.sum(parts * weights[:, None], 0) / tl.sum(weights, 0)
-    tl.store(out + (row * HEADS + head) * D + d, result.to(out.dtype.element_ty), mask=d < D)
+    tl.store(out + (token * HEADS + head) * D + d, result.to(out.dtype.element_ty), mask=d < D)
 
 
 @triton.jit
@@ -169,6 +225,7 @@ def prefill(
     out,
     q_token,
     q_head,
+    table_row,
     scale,
     window,
     HEADS: tl.constexpr,
@@ -182,15 +239,15 @@ def prefill(
     """Several new tokens a sequence, after any number that are in the pool: FlashAttention-2 (Dao, 2023).
 
     A program is given a query head and ``BM`` queries of one sequence. ``blocks`` [blocks, 4]: the first query's row in
-    q, how many there are, the first one's position, and where the sequence's slots begin in ``table``. All keys, the
-    new ones too, are read from the pool. A query sees the keys up to its own position, the last ``window`` of them.
+    q, how many there are, the first one's position, and the sequence's row in the table. All keys, the new ones too,
+    are read from the pool. A query sees the keys up to its own position, the last ``window`` of them.
     """
     block, head = tl.program_id(0), tl.program_id(1)
     kv_head = head // (HEADS // KV_HEADS)
     row = tl.load(blocks + block * 4).to(tl.int64)
     count = tl.load(blocks + block * 4 + 1)
     position = tl.load(blocks + block * 4 + 2)
-    start = tl.load(blocks + block * 4 + 3)
+    slots = table + tl.load(blocks + block * 4 + 3).to(tl.int64) * table_row
 
     m, d = tl.arange(0, BM), tl.arange(0, BD)
     ours = (m[:, None] < count) & (d[None, :] < D)
@@ -203,7 +260,7 @@ def prefill(
     for at in range(first, end, BN):
         n = at + tl.arange(0, BN)
         there = n < end
-        slot = tl.load(table + start + n, mask=there, other=0).to(tl.int64)
+        slot = tl.load(slots + n, mask=there, other=0).to(tl.int64)
         place = (slot[:, None] * KV_HEADS + kv_head) * D + d[None, :]
         mask = there[:, None] & (d[None, :] < D)
         keys = tl.load(pool_k + place, mask=mask, other=0.0)

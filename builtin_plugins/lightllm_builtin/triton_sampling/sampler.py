@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import triton
 from torch import Tensor
 
 from lightllm import SamplingRow
+from lightllm.nn.transfer import send
 from lightllm_builtin.sampling.sampler import GREEDY, add_bias, penalize, uniform
 from lightllm_builtin.triton_sampling import kernels
 
@@ -26,6 +28,8 @@ class TritonSampler:
     their ids, there that of their probability for rows with top-k or top-p. Such rows have its distribution, but for
     tokens as likely as the last one kept, all of which are kept here."""
 
+    overlaps: ClassVar[bool] = True
+
     def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         penalize(logits, rows)
         add_bias(logits, rows)
@@ -37,7 +41,7 @@ class TritonSampler:
         size = logits.shape[-1]
 
         def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=logits.device)
+            return send(values, dtype, logits.device)
 
         params = [row.params for row in rows]
         tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
@@ -48,7 +52,7 @@ class TritonSampler:
             column([p.top_k or size for p in params], torch.int32),
             column([p.top_p for p in params]),
             column([math.log(p.min_p) if p.min_p > 0 else -math.inf for p in params]),
-            column([uniform(r.seed, r.index, len(r.output)) for r in rows], torch.float64),
+            column([uniform(r.seed, r.index, r.generated) for r in rows], torch.float64),
             tokens,
             SIZE=size,
             B=min(BLOCK, triton.next_power_of_2(size)),

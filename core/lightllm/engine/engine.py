@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
 
 from lightllm.checks import Wrong, culprit, describe
 from lightllm.engine.grammars import Grammars
@@ -19,6 +21,14 @@ IDLE = 0.01
 """Seconds to wait for a grammar when there is nothing else to do."""
 
 
+@dataclass(frozen=True)
+class Flight:
+    """A step under way. ``results`` waits for it."""
+
+    plan: Plan
+    results: Callable[[], list[Result]]
+
+
 class Engine:
     """Continuous batching over one model. A request with a grammar joins when that is compiled, beside the steps."""
 
@@ -29,6 +39,7 @@ class Engine:
         self._grammars = grammars
         self._compiling: dict[str, tuple[Generate, Future[list[GrammarMatcher]]]] = {}
         self._pending: list[Output] = []
+        self._flying: Flight | None = None
 
     def add(self, request: Generate) -> None:
         """Queue a request. One that cannot be served ends with an error output in a later step."""
@@ -50,7 +61,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        return bool(self._pending or self._compiling) or self.scheduler.busy
+        return bool(self._pending or self._compiling or self._flying) or self.scheduler.busy
 
     def close(self) -> None:
         self.executor.close()
@@ -60,26 +71,50 @@ class Engine:
         self._grammars.warm()
 
     def step(self) -> Step:
-        """Advance every running sequence by a chunk of prompt or one token."""
+        """Advance every running sequence by a chunk of prompt or one token. Where a device computes and nothing hangs
+        on the tokens it chooses, they are read when it has got the next step to do, and come a call later."""
         if self._compiling:
             self._join()
         outputs, self._pending = self._pending, []
         plan = self.scheduler.schedule()
         outputs += plan.outputs
-        if plan.items:
-            outputs += self.scheduler.update(plan, self._run(plan))
+        flying, self._flying = self._flying, self._start(plan) if plan.items else None
+        if flying:
+            outputs += self._land(flying)
+        if self._flying and not (self.ready.overlap and not plan.looks_back):
+            flying, self._flying = self._flying, None
+            outputs += self._land(flying)
         return Step(outputs=outputs, stats=self.scheduler.stats())
 
-    def _run(self, plan: Plan) -> list[Result]:
-        """A step that fails is done again sequence by sequence: only those whose fault it is get an error."""
+    def _start(self, plan: Plan) -> Flight:
         try:
-            return self.executor.run(plan)
+            return Flight(plan, self.executor.start(plan))
         except Exception as error:
-            log.exception("a step of %d sequences failed", len(plan.items))
-            if len(plan.items) == 1:
-                name = None if isinstance(error, Wrong) else culprit(error, self._names)
-                return [Result(error=f"{name} failed: {describe(error)}" if name else describe(error))]
-        return [result for item in plan.items for result in self._run(Plan(items=[item]))]
+            results = self._failed(plan, error, again=True)
+            return Flight(plan, lambda: results)
+
+    def _land(self, flight: Flight) -> list[Output]:
+        try:
+            results = flight.results()
+        except Exception as error:
+            # with the next step under way it is too late for another try
+            results = self._failed(flight.plan, error, again=self._flying is None)
+        return self.scheduler.update(flight.plan, results)
+
+    def _failed(self, plan: Plan, error: Exception, again: bool) -> list[Result]:
+        """A step that fails is done again sequence by sequence: only those whose fault it is get an error."""
+        log.error("a step of %d sequences failed", len(plan.items), exc_info=error)
+        if again and len(plan.items) > 1:
+            return [result for item in plan.items for result in self._run(Plan(items=[item]))]
+        name = None if isinstance(error, Wrong) else culprit(error, self._names)
+        message = f"{name} failed: {describe(error)}" if name else describe(error)
+        return [Result(error=message) for _ in plan.items]
+
+    def _run(self, plan: Plan) -> list[Result]:
+        try:
+            return self.executor.start(plan)()
+        except Exception as error:
+            return self._failed(plan, error, again=True)
 
     def _join(self) -> None:
         """Give the scheduler the requests whose grammar is compiled."""

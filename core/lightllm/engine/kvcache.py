@@ -40,6 +40,7 @@ class Node:
 
 class Lease:
     """One sequence's slots, by position. The first ``shared`` belong to the tree, up to ``node``; it owns the rest.
+    As long as ``slots`` is the same list, it has only grown at its end.
 
     From ``room`` to ``room_end`` are free slots set aside for it to grow into, while there is room elsewhere.
     """
@@ -145,7 +146,7 @@ class KVCache:
         old, node, at = lease.node, lease.node, lease.shared
         for node, end in self._walk(lease.node, tokens, at):
             self._give_back(lease.slots[at:end])
-            lease.slots[at:end] = node.slots
+            lease.slots = lease.slots[:at] + node.slots + lease.slots[end:]
             at = end
         if at < len(tokens):
             child = Node(node, tokens[at:], lease.slots[at : len(tokens)])

@@ -14,6 +14,7 @@ from lightllm.checks import describe
 from lightllm.engine.grammars import Grammars
 from lightllm.engine.scheduler import Result, Seq
 from lightllm.interfaces import GrammarMatcher
+from lightllm.nn.transfer import send
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Held:
 
 
 class Masks:
-    """A step calls `start`, runs the model, calls `apply`, samples, and calls `follow`."""
+    """A step calls `start`, runs the model, calls `apply`, samples, and calls `follow` when the tokens are known."""
 
     def __init__(self, grammars: Grammars, vocab_size: int, device: torch.device) -> None:
         self._grammars = grammars
@@ -59,12 +60,12 @@ class Masks:
         if len(held) == len(logits):
             logits += bias
         else:
-            logits.index_add_(0, torch.tensor([h.row for h in held], device=self._device), bias)
+            logits.index_add_(0, send([h.row for h in held], torch.int64, self._device), bias)
         for h in held:
             h.result.refusal = h.matcher.error() or None
             if len(h.seq.output) < h.seq.params.min_tokens:
                 # too early for the tokens that end it; where nothing else is left it ends all the same
-                stops = torch.tensor(h.seq.stop_ids, dtype=torch.int64, device=self._device)
+                stops = send(h.seq.stop_ids, torch.int64, self._device)
                 others = logits[h.row].index_fill(0, stops, float("-inf"))
                 h.result.ended = not bool((others > float("-inf")).any())
 

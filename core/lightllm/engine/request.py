@@ -127,11 +127,13 @@ class Loading(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The engine can take requests. ``summary``: lines for the start-up log."""
+    """The engine can take requests. ``overlap``: a device computes steps while this process plans the next.
+    ``summary``: lines for the start-up log."""
 
     max_model_len: int
     total_slots: int
     vocab_size: int
+    overlap: bool = False
     summary: list[str] = []
 
 

@@ -1,23 +1,28 @@
-"""Turns a scheduler's plan into tensors, runs model and sampler, and gives back plain Python numbers.
+"""Runs model and sampler over a scheduler's plan, and gives back plain Python numbers.
 
-The only part of the engine that touches tensors. Knows no queue and no request, only the sequences in the plan.
+Knows no queue and no request, only the sequences in the plan. A step waits for the device once, when its results are
+read: all that goes there or comes from there before does so in the device's own time.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightllm.checks import Wrong, culprit, describe
+from lightllm.engine.graphs import Capture, Graphs
+from lightllm.engine.inputs import Inputs, Numbers, Rows
 from lightllm.engine.masks import Held, Masks
 from lightllm.engine.request import Logprobs, Ready
 from lightllm.engine.scheduler import Plan, Result, Seq
 from lightllm.interfaces import AttentionBackend, LogitsProcessor, Sampler
-from lightllm.nn.batch import Batch
+from lightllm.nn.transfer import Fetch, send
 
 log = logging.getLogger("lightllm.engine")
 
@@ -37,6 +42,7 @@ class Runner:
         sampler: Sampler,
         processors: Mapping[str, LogitsProcessor],
         masks: Masks,
+        rows: Rows,
         device: torch.device,
         names: Mapping[type, str],
     ) -> None:
@@ -46,14 +52,36 @@ class Runner:
         self.sampler = sampler
         self.processors = processors
         self.masks = masks
+        self.rows = rows
         self.device = device
+        self.graphs: Graphs | None = None
         self._names = names
 
-    def run(self, plan: Plan) -> list[Result]:
-        """One forward pass over the plan. One result per item, in the plan's order. Raises `Wrong`, with the plugin's
-        name, for what a plugin raises; the plan can then be tried again."""
+    @torch.inference_mode()
+    def capture(self, sizes: Sequence[int], capture: Capture, progress: Callable[[int, int], None]) -> None:
+        """From now on replay steps of decodes alone."""
+
+        def step(inputs: Inputs, flat: Tensor, logits: Tensor) -> None:
+            logits.copy_(self.model.logits(self._hidden(inputs, Numbers(flat, inputs))))
+
+        self.graphs = Graphs(step, sizes, self.ready.vocab_size, self.rows, self.device, capture, progress)
+
+    def start(self, plan: Plan) -> Callable[[], list[Result]]:
+        """Begin one forward pass over the plan; what is given back waits for its results. Both raise `Wrong`, with the
+        plugin's name, for what a plugin raises; the plan can then be tried again."""
+        with self._blaming():
+            finish = self._start(plan)
+
+        def results() -> list[Result]:
+            with self._blaming():
+                return finish()
+
+        return results
+
+    @contextmanager
+    def _blaming(self) -> Iterator[None]:
         try:
-            return self._run(plan)
+            yield
         except Exception as error:
             name = culprit(error, self._names)
             if name is None:
@@ -61,55 +89,66 @@ class Runner:
             raise Wrong(f"{name} failed: {describe(error)}") from error
 
     @torch.inference_mode()
-    def _run(self, plan: Plan) -> list[Result]:
+    def _start(self, plan: Plan) -> Callable[[], list[Result]]:
         results = [Result() for _ in plan.items]
         sampled = [i for i, item in enumerate(plan.items) if item.samples]
-        rows = [plan.items[i].seq for i in sampled]
+        seqs = [plan.items[i].seq for i in sampled]
         held = [
             Held(row, seq, seq.matcher, results[i])
-            for row, (i, seq) in enumerate(zip(sampled, rows, strict=True))
+            for row, (i, seq) in enumerate(zip(sampled, seqs, strict=True))
             if seq.matcher is not None
         ]
         masks = self.masks.start(held) if held else None
 
-        tokens: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        batch = Batch(torch.empty(0), [], [], [], self.attention)
-        for item in plan.items:
-            end = item.start + item.count
-            tokens += item.seq.tokens(item.start, end)
-            positions += range(item.start, end)
-            slots += item.seq.slots[item.start : end]
-            batch.query_lengths.append(item.count)
-            batch.context_lengths.append(end)
-            batch.tables.append(self._tensor(item.seq.slots[:end]))
-        batch.slots = self._tensor(slots)
-        batch.plan = self.attention.plan(batch)
-        hidden = self.model(self._tensor(tokens), self._tensor(positions), batch)
-
-        last = torch.tensor(batch.query_lengths).cumsum(0) - 1
-        for i, item in enumerate(plan.items):
-            if item.prompt_logprobs:
-                end = int(last[i]) + 1
-                results[i].prompt_logprobs = self._prompt_logprobs(hidden[end - item.count : end], item.seq, item.start)
-        if sampled:
-            logits = self._logits(hidden[last[sampled].to(self.device)])
-            logprobs = self._logprobs(logits, rows)
-            self._process(logits, rows, [results[i] for i in sampled])
+        fetch = Fetch(self.device)
+        chosen: Tensor | None = None
+        entries: list[tuple[Result, Entries]] = []
+        prompts = []
+        inputs = Inputs.of(plan.items)
+        self.rows.prepare(plan.items)
+        logits = self.graphs.run(inputs) if self.graphs and inputs.decodes else None
+        numbers = Numbers(inputs.send(self.device), inputs)
+        if logits is None:
+            hidden = self._hidden(inputs, numbers)
+            start = 0
+            for item, result in zip(plan.items, results, strict=True):
+                if item.prompt_logprobs:
+                    part = hidden[start : start + item.count]
+                    prompts.append((result, self._prompt_logprobs(part, item.seq, item.start, fetch)))
+                start += item.count
+            if sampled:
+                logits = self._logits(hidden if inputs.decodes else hidden[numbers.ends])
+        if logits is not None:
+            logprobs = self._logprobs(logits, seqs)
+            self._process(logits, seqs, [results[i] for i in sampled])
             if masks is not None:
                 self.masks.apply(masks, logits, held)
-            chosen = self.sampler.sample(logits, rows)
-            for row, (i, token) in enumerate(zip(sampled, chosen.tolist(), strict=True)):
-                results[i].token = token
-                if row in logprobs:
-                    values, wanted = logprobs[row]
-                    results[i].logprobs = _entries(values, [token], wanted)[0]
-            self.masks.follow(held)  # last: a matcher does not go back, and until here a step can be done again
-        return results
+            tokens = self.sampler.sample(logits, seqs)
+            self.rows.last[numbers.sampled] = tokens
+            chosen = fetch.take(tokens)
+            entries = [
+                (results[sampled[row]], Entries.of(values, tokens[row : row + 1], top, fetch))
+                for row, (values, top) in logprobs.items()
+            ]
 
-    def _tensor(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
+        def finish() -> list[Result]:
+            fetch.wait()
+            if chosen is not None:
+                for i, token in zip(sampled, chosen.tolist(), strict=True):
+                    results[i].token = token
+            for result, entry in entries:
+                result.logprobs = entry.read()[0]
+            for result, parts in prompts:
+                result.prompt_logprobs = [entry for part in parts for entry in part.read()]
+            self.masks.follow(held)  # last: a matcher does not go back, and until here a step can be done again
+            return results
+
+        return finish
+
+    def _hidden(self, inputs: Inputs, numbers: Numbers) -> Tensor:
+        tokens, batch = self.rows.batch(inputs, numbers, self.attention)
+        hidden: Tensor = self.model(tokens, numbers.positions, batch)
+        return hidden
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.model.logits(hidden).float()
@@ -120,14 +159,15 @@ class Runner:
         wanted = [(i, row.params.logprobs) for i, row in enumerate(rows) if row.params.logprobs is not None]
         return {i: (logits[i : i + 1].log_softmax(-1), top) for i, top in wanted}
 
-    def _prompt_logprobs(self, hidden: Tensor, seq: Seq, start: int) -> list[Logprobs]:
+    def _prompt_logprobs(self, hidden: Tensor, seq: Seq, start: int, fetch: Fetch) -> list[Entries]:
         """Of the prompt tokens that follow positions ``start``, ``start + 1``, ... whose hidden states are given."""
         targets = seq.prompt[start + 1 : start + 1 + len(hidden)]
-        entries: list[Logprobs] = []
+        entries = []
         for i in range(0, len(targets), LOGIT_ROWS):
             part = targets[i : i + LOGIT_ROWS]
             values = self._logits(hidden[i : i + len(part)]).log_softmax(-1)
-            entries += _entries(values, part, seq.params.prompt_logprobs or 0)
+            tokens = send(part, torch.int64, self.device)
+            entries.append(Entries.of(values, tokens, seq.params.prompt_logprobs or 0, fetch))
         return entries
 
     def _process(self, logits: Tensor, rows: Sequence[Seq], results: Sequence[Result]) -> None:
@@ -155,11 +195,27 @@ class Runner:
         logits[indices] = part
 
 
-def _entries(values: Tensor, tokens: Sequence[int], top: int) -> list[Logprobs]:
-    """values [rows, vocabulary] log-probabilities; one entry a row for its token and the ``top`` likeliest."""
-    chosen = values.gather(1, torch.tensor(tokens, device=values.device).unsqueeze(1)).squeeze(1).tolist()
-    if not top:
-        return [Logprobs(token, value) for token, value in zip(tokens, chosen, strict=True)]
-    best = values.topk(min(top, values.shape[-1]), -1)
-    rows = zip(tokens, chosen, best.indices.tolist(), best.values.tolist(), strict=True)
-    return [Logprobs(t, value, list(zip(ids, tops, strict=True))) for t, value, ids, tops in rows]
+@dataclass(frozen=True)
+class Entries:
+    """Log-probabilities on their way to the host: of one token a row, and of its likeliest tokens if asked for."""
+
+    tokens: Tensor
+    chosen: Tensor
+    best: tuple[Tensor, Tensor] | None
+
+    @classmethod
+    def of(cls, values: Tensor, tokens: Tensor, top: int, fetch: Fetch) -> Entries:
+        """values [rows, vocabulary] log-probabilities, tokens [rows]."""
+        best = None
+        if top:
+            likeliest = values.topk(min(top, values.shape[-1]), -1)
+            best = fetch.take(likeliest.indices), fetch.take(likeliest.values)
+        return cls(fetch.take(tokens), fetch.take(values.gather(1, tokens.unsqueeze(1)).squeeze(1)), best)
+
+    def read(self) -> list[Logprobs]:
+        pairs = zip(self.tokens.tolist(), self.chosen.tolist(), strict=True)
+        if self.best is None:
+            return [Logprobs(token, value) for token, value in pairs]
+        ids, values = self.best
+        rows = zip(pairs, ids.tolist(), values.tolist(), strict=True)
+        return [Logprobs(*pair, list(zip(top, tops, strict=True))) for pair, top, tops in rows]

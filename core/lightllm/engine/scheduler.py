@@ -39,7 +39,11 @@ class Seq:
         self.seed = seed
         self.stop_ids = stop_ids
         self.matcher = matcher  # has come as far as output has; the runner moves it on
+        self.row = -1  # of what is kept on the device for it, while it runs
         self.computed = 0
+        self.planned = 0  # what will be computed when the steps under way are done
+        self.generated = 0  # before the token that is sampled next; output may not have them all yet
+        self.in_flight = 0  # tokens that were planned and are not known yet
         self.cached_tokens = 0
         self.lease: Lease | None = None
         self.done = False
@@ -47,9 +51,10 @@ class Seq:
         self.followers: list[Seq] = []  # choices of the same request, waiting for this one to publish the prompt
         self.prompt_logprobs: list[Logprobs] | None = None
         self.wants_prompt = request.params.prompt_logprobs is not None and index == 0
+        self.looks_back = matcher is not None or self.wants_prompt or _looks_back(request.params)
 
     def __len__(self) -> int:
-        return len(self.prompt) + len(self.output)
+        return len(self.prompt) + len(self.output) + self.in_flight
 
     @property
     def slots(self) -> list[int]:
@@ -57,7 +62,7 @@ class Seq:
         return self.lease.slots
 
     def tokens(self, start: int, end: int) -> list[int]:
-        """Tokens ``start:end`` of prompt and output laid end to end."""
+        """Tokens ``start:end`` of prompt and output laid end to end, as far as they are known."""
         size = len(self.prompt)
         if end <= size:
             return self.prompt[start:end]
@@ -70,7 +75,8 @@ class Seq:
 class Item:
     """Compute tokens ``start`` to ``start + count`` of ``seq``; ``samples``: that is its end, a token follows.
 
-    ``prompt_logprobs``: those of the prompt tokens following these positions are due.
+    ``prompt_logprobs``: those of the prompt tokens following these positions are due. ``lease``: the sequence's slots
+    when this was planned, which it may lose before it is done.
     """
 
     seq: Seq
@@ -78,6 +84,7 @@ class Item:
     count: int
     samples: bool
     prompt_logprobs: bool
+    lease: Lease
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,11 @@ class Plan:
 
     items: list[Item] = field(default_factory=list)
     outputs: list[Output] = field(default_factory=list)
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether the next step needs to know the tokens that this one chooses."""
+        return any(item.seq.looks_back for item in self.items)
 
 
 @dataclass
@@ -106,6 +118,8 @@ class Result:
 
 
 class Scheduler:
+    """`schedule`, run the plan, `update`: in turn, or with one more plan made before the one under way is done."""
+
     def __init__(
         self,
         cache: KVCache,
@@ -122,6 +136,7 @@ class Scheduler:
         self.eos_token_ids = tuple(eos_token_ids)
         self._waiting: deque[Seq] = deque()
         self._running: list[Seq] = []  # oldest first
+        self._rows = list(range(max_running))[::-1]  # those that nobody has
         self._live: dict[str, list[Seq]] = {}
         self._count = 0
         self._preemptions = self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
@@ -170,23 +185,30 @@ class Scheduler:
     # --- one step
 
     def schedule(self) -> Plan:
-        """Decide the next step's work. Slots for it are taken here; nothing else changes until `update`."""
+        """Decide the next step's work, and take slots for it. Of a sequence whose token is not known yet, as many steps
+        may be planned as it surely has: those past its end, as it turns out to be, are done for nothing."""
         plan = Plan()
         counts = self._share_budget()
         at = 0
         while at < len(self._running):
             seq = self._running[at]
             count = counts.get(seq, 0)
-            if count and not self._make_room(seq, seq.computed + count):
-                if seq.lease is not None:  # alone, and the pool is full
-                    plan.outputs.append(self._output(seq, [], "length"))
-                continue  # it has left the list
+            if count and not self._make_room(seq, seq.planned + count):
+                if seq.lease is None:
+                    continue  # it has left the list
+                # alone, and the pool is full
+                if seq.in_flight:
+                    break
+                plan.outputs.append(self._output(seq, [], "length"))
+                continue
             at += 1
             if count:
                 plan.items.append(self._item(seq, count))
         budget = self.max_batch_tokens - sum(item.count for item in plan.items)
         while budget > 0 and self._waiting and len(self._running) < self.max_running:
             seq = self._waiting[0]
+            if seq.in_flight:  # preempted
+                break
             if not self._admit(seq):
                 if not self._running:  # it was preempted when it had the whole pool: no more of it fits
                     plan.outputs.append(self._output(seq, [], "length"))
@@ -194,26 +216,28 @@ class Scheduler:
                 break
             self._waiting.popleft()
             self._running.append(seq)
-            item = self._item(seq, min(budget, len(seq) - seq.computed))
+            item = self._item(seq, min(budget, len(seq) - seq.planned))
             plan.items.append(item)
             budget -= item.count
         return plan
 
     def update(self, plan: Plan, results: Sequence[Result]) -> list[Output]:
-        """Take in what the runner found, one result per item of the plan."""
+        """Take in what the runner found, one result per item of the plan; plans in the order they were made."""
         outputs = []
         for item, result in zip(plan.items, results, strict=True):
-            seq = item.seq
+            seq, end = item.seq, item.start + item.count
+            seq.in_flight -= item.samples
             if seq.done:
-                continue  # aborted while it ran
+                continue  # aborted, or ended, while it ran
             if result.error is not None:
                 outputs.append(self._output(seq, [], "error", error=result.error))
                 continue
-            seq.computed = item.start + item.count
+            if seq.lease is item.lease:  # else it was preempted
+                seq.computed = end
             if item.prompt_logprobs:
                 seq.prompt_logprobs = [*(seq.prompt_logprobs or ()), *(result.prompt_logprobs or ())]
-            if item.start < len(seq.prompt) <= seq.computed:
-                self._publish_prompt(seq)
+            if item.start < len(seq.prompt) <= end:
+                self._publish_prompt(item)
             if item.samples:
                 outputs.append(self._accept(seq, result))
         return outputs
@@ -240,20 +264,28 @@ class Scheduler:
         decodes: list[Seq] = []
         prefills: list[Seq] = []
         for seq in self._running:
-            (prefills if len(seq) - seq.computed > 1 else decodes).append(seq)
+            if seq.in_flight and self._room(seq) <= 0:
+                continue  # what is under way ends it
+            (prefills if len(seq) - seq.planned > 1 else decodes).append(seq)
         counts = dict.fromkeys(decodes, 1)
         budget = self.max_batch_tokens - len(counts)
         for seq in prefills:
             if not budget:
                 break
-            counts[seq] = min(budget, len(seq) - seq.computed)
+            counts[seq] = min(budget, len(seq) - seq.planned)
             budget -= counts[seq]
         return counts
 
     def _item(self, seq: Seq, count: int) -> Item:
-        start = seq.computed
+        assert seq.lease is not None
+        start, end = seq.planned, seq.planned + count
+        samples = end == len(seq)
         due = seq.wants_prompt and start < len(seq.prompt) - 1
-        return Item(seq, start, count, start + count == len(seq), due)
+        seq.planned = end
+        if samples:
+            seq.generated = end - len(seq.prompt)
+            seq.in_flight += 1
+        return Item(seq, start, count, samples, due, seq.lease)
 
     def _make_room(self, seq: Seq, length: int) -> bool:
         """Slots for the first ``length`` tokens, preempting newer sequences if need be. False: ``seq`` cannot go on; it
@@ -272,7 +304,7 @@ class Scheduler:
         """Take a sequence's slots away; it waits at the front. What it computed stays cached while there is room."""
         assert self._running.pop() is seq
         self._free(seq)
-        seq.computed = 0
+        seq.computed = seq.planned = 0
         if seq.wants_prompt:
             seq.prompt_logprobs = None
         self._waiting.appendleft(seq)
@@ -287,7 +319,8 @@ class Scheduler:
         if need + headroom > self.cache.available or not self.cache.extend(lease, need, _ahead(seq)):
             self.cache.release(lease)
             return False
-        seq.lease, seq.computed = lease, lease.shared
+        seq.lease, seq.row = lease, self._rows.pop()
+        seq.computed = seq.planned = lease.shared
         if not seq.admitted:  # what it finds when it comes back after a preemption is its own
             seq.admitted = True
             seq.cached_tokens = lease.shared
@@ -295,9 +328,10 @@ class Scheduler:
             self._cached_tokens += lease.shared
         return True
 
-    def _publish_prompt(self, seq: Seq) -> None:
-        assert seq.lease is not None
-        self.cache.commit(seq.lease, seq.prompt)
+    def _publish_prompt(self, item: Item) -> None:
+        seq = item.seq
+        if seq.lease is item.lease:
+            self.cache.commit(item.lease, seq.prompt)
         followers, seq.followers = seq.followers, []
         self._waiting.extendleft(reversed(followers))
 
@@ -313,13 +347,17 @@ class Scheduler:
             return self._output(seq, [], "stop")
         if token in seq.stop_ids and len(seq.output) >= seq.params.min_tokens:
             return self._output(seq, [], "stop", stop=token)
-        room = min(seq.params.max_tokens - len(seq.output), self.max_model_len - len(seq))
+        room = self._room(seq) + seq.in_flight
         tokens = [token, *result.forced]
         whole = len(tokens) <= room
         seq.output += tokens[:room]
         self._generated_tokens += len(tokens[:room])
         finish = "stop" if result.ended and whole else "length" if len(tokens) >= room else None
         return self._output(seq, tokens[:room], finish, result.logprobs)
+
+    def _room(self, seq: Seq) -> int:
+        """How many more tokens can be planned for it."""
+        return min(seq.params.max_tokens + len(seq.prompt), self.max_model_len) - len(seq)
 
     def _output(
         self,
@@ -367,8 +405,15 @@ class Scheduler:
     def _free(self, seq: Seq) -> None:
         assert seq.lease is not None
         self.cache.release(seq.lease, seq.tokens(0, seq.computed))
-        seq.lease = None
+        self._rows.append(seq.row)
+        seq.lease, seq.row = None, -1
 
 
 def _ahead(seq: Seq) -> int:
     return min(AHEAD, seq.params.max_tokens - len(seq.output))
+
+
+def _looks_back(params: SamplingParams) -> bool:
+    """Whether the logits depend on the tokens that were chosen before by more than the model."""
+    penalties = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
+    return bool(penalties or params.extra)

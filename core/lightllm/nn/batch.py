@@ -25,15 +25,15 @@ class KVPool:
         self, layers: Sequence[AttentionSpec], slots: int, dtype: torch.dtype, device: torch.device | str
     ) -> None:
         self.slots = slots
-        self.k = [_zeros((slots + 1, s.kv_heads, s.head_dim), dtype, torch.device(device)) for s in layers]
-        self.v = [_zeros((slots + 1, s.kv_heads, s.head_dim), dtype, torch.device(device)) for s in layers]
+        self.k = [zeros((slots + 1, s.kv_heads, s.head_dim), dtype, torch.device(device)) for s in layers]
+        self.v = [zeros((slots + 1, s.kv_heads, s.head_dim), dtype, torch.device(device)) for s in layers]
 
     @staticmethod
     def bytes_per_token(layers: Sequence[AttentionSpec], dtype: torch.dtype) -> int:
         return sum(2 * s.kv_heads * s.head_dim for s in layers) * dtype.itemsize
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeros, not empty: masked-out garbage could be NaN, and 0 * NaN is NaN.
 
     On a CPU from numpy, whose zeros are pages the system gives when they are first written; torch writes them all.
@@ -49,14 +49,46 @@ class Batch:
     """The sequences of one step, ragged and laid end to end.
 
     Sequence i brings ``query_lengths[i]`` new tokens; they are the last of its ``context_lengths[i]`` tokens, whose
-    pool slots, in order of position, are ``tables[i]``.
+    pool slots, in order of position, are ``table[rows[i], :context_lengths[i]]``.
+
+    The tensors are on the pool's device. When a step is captured in a CUDA graph (`AttentionBackend.capturable`) they
+    are what is written anew for every replay, and of the lists only the length counts.
     """
 
     slots: torch.Tensor
     """[tokens] int64: where each new token's key and value go."""
+    table: torch.Tensor
+    """[rows, positions] int32: the slots of every running sequence, in this step or not."""
     query_lengths: list[int]
     context_lengths: list[int]
-    tables: list[torch.Tensor]
-    """Per sequence, [context_length] int64 on the pool's device."""
+    rows: list[int]
+    device_context_lengths: torch.Tensor
+    """[sequences] int64: ``context_lengths``."""
+    device_rows: torch.Tensor
+    """[sequences] int64: ``rows``."""
     attention: AttentionBackend
     plan: Any = field(default=None)
+
+    @classmethod
+    def of(cls, tables: Sequence[torch.Tensor], query_lengths: Sequence[int], attention: AttentionBackend) -> Batch:
+        """A batch by itself, for tests and measurements; ``tables``: per sequence, its slots."""
+        count, device = len(tables), tables[0].device
+        lengths, rows = [len(table) for table in tables], list(range(count))[::-1]
+        held = torch.zeros(count, max(lengths), dtype=torch.int32, device=device)
+        for row, table in zip(rows, tables, strict=True):
+            held[row, : len(table)] = table
+        return cls(
+            slots=torch.cat([t[len(t) - new :] for t, new in zip(tables, query_lengths, strict=True)]).long(),
+            table=held,
+            query_lengths=list(query_lengths),
+            context_lengths=lengths,
+            rows=rows,
+            device_context_lengths=torch.tensor(lengths, device=device),
+            device_rows=torch.tensor(rows, device=device),
+            attention=attention,
+        )
+
+    @property
+    def tables(self) -> list[torch.Tensor]:
+        """Per sequence, [context_length] int32: its slots."""
+        return [self.table[row, :length] for row, length in zip(self.rows, self.context_lengths, strict=True)]

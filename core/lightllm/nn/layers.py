@@ -145,13 +145,24 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """One layer's attention over the KV pool; the backend comes with the batch."""
 
-    def __init__(self, spec: AttentionSpec) -> None:
+    def __init__(self, spec: AttentionSpec, operators: Operators) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.operators = spec, operators
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> Tensor:
         """q [tokens, heads, head_dim]; k, v [tokens, kv_heads, head_dim] -> [tokens, heads * head_dim]."""
         return batch.attention.attend(self.spec, q, k, v, batch).flatten(1)
+
+    def packed(self, qkv: Tensor, cos_sin: tuple[Tensor, Tensor], batch: Batch) -> Tensor:
+        """qkv [tokens, heads + 2 kv_heads, head_dim], whose queries and keys are yet to be rotated by `Rope`'s numbers
+        -> [tokens, heads * head_dim]."""
+        fused = getattr(batch.attention, "attend_packed", None)
+        if fused is not None:
+            y: Tensor = fused(self.spec, qkv, cos_sin, batch)
+            return y.flatten(1)
+        heads, both = self.spec.heads, self.spec.heads + self.spec.kv_heads
+        qk = self.operators.rotate(qkv[:, :both], cos_sin)
+        return self(qk[:, :heads], qk[:, heads:], qkv[:, both:], batch)
 
 
 class Make:
@@ -224,4 +235,4 @@ class Make:
             softcap=softcap,
         )
         self.attention_layers.append(spec)
-        return Attention(spec)
+        return Attention(spec, self.operators)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightllm.interfaces import AttentionBackendRecord, AttentionJob, AttentionSpec
 from lightllm.nn.batch import Batch, KVPool
+from lightllm.nn.operators import TorchOperators
 from lightllm.testing.rules import broken, resolve, shown
 
 SLOTS = 400
@@ -57,6 +58,9 @@ def check_attention_backend(
     default the dtype's. Jobs that ``supports`` (the record's own unless given) refuses are passed over; refusing all of
     them is an error. ``cases``: how many are drawn, the same ones each time: prefill and decode in one batch, prompts
     with a cached beginning, sliding windows, capped scores, kv heads shared by several heads, scattered slots.
+
+    If it is ``capturable``, decodes are right also where the batch's lists are those of another step; if it is a
+    `lightllm.PackedAttention`, the same holds of queries and keys that it rotates.
     """
     if supports is None and isinstance(backend, AttentionBackendRecord):
         supports = backend.supports
@@ -68,7 +72,12 @@ def check_attention_backend(
         job = AttentionJob(layers=case.layers, device=device, dtype=dtype, max_model_len=SLOTS)
         reason = supports(job) if supports else None
         if reason is None:
-            _check(target, job, case, TOLERANCES[dtype] if tolerance is None else tolerance)
+            within = TOLERANCES[dtype] if tolerance is None else tolerance
+            _check(target, job, case, within)
+            if target.capturable and all(new == 1 for _, new in case.sizes):
+                _check(target, job, case, within, replay=True)
+            if case.packed and hasattr(target, "attend_packed"):
+                _check_packed(target, job, case, 2 * within)  # what was rotated is rounded, too
             tried += 1
         else:
             refusals.add(reason)
@@ -147,13 +156,7 @@ class _Step:
         return context
 
     def batch(self, backend: Any) -> Batch:
-        return Batch(
-            slots=torch.cat([table[cached:] for (cached, _), table in zip(self.sizes, self.tables, strict=True)]),
-            query_lengths=[new for _, new in self.sizes],
-            context_lengths=[cached + new for cached, new in self.sizes],
-            tables=self.tables,
-            attention=backend,
-        )
+        return Batch.of(self.tables, [new for _, new in self.sizes], backend)
 
     def inputs(self, spec: AttentionSpec) -> tuple[Tensor, ...]:
         """q, k, v of the new tokens."""
@@ -192,13 +195,17 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, cached: int, spec: AttentionSpec
     return torch.einsum("hnc,chd->nhd", scores.masked_fill(~seen, float("-inf")).softmax(-1), v)
 
 
-def _check(target: Any, job: AttentionJob, case: Case, tolerance: float) -> None:
+def _check(target: Any, job: AttentionJob, case: Case, tolerance: float, replay: bool = False) -> None:
+    """``replay``: the batch's lists are those of a step that was captured, of sequences of one token."""
     lie, are = "scattered" if case.scattered else "in order", "views of one tensor" if case.packed else "on their own"
     facts = [f"job: {job}", f"(cached, new) tokens of the sequences: {case.sizes}; slots {lie}; q, k, v {are}"]
     with _poisoned_memory(), torch.inference_mode():
         step = _Step(job, case)
         backend = target(job, step.pool)
         batch = step.batch(backend)
+        if replay:
+            facts.append("as a replayed CUDA graph: context_lengths and rows are not this step's, its tensors are")
+            batch.context_lengths, batch.rows = [1] * len(case.sizes), [0] * len(case.sizes)
         batch.plan = backend.plan(batch)  # once for all layers
         for spec in job.layers:
             where = [*facts, f"layer: {spec}"]
@@ -208,17 +215,52 @@ def _check(target: Any, job: AttentionJob, case: Case, tolerance: float) -> None
             _check_output(out, q, where)
             for kind, held, old, new in (("keys", step.pool.k, before[0], k), ("values", step.pool.v, before[1], v)):
                 _check_pool(kind, held[spec.layer], old, new, batch.slots, where)
-            expected = step.expected(spec, q)
-            wrong = (out.double() - expected).abs().amax((1, 2))
-            if not bool((wrong <= tolerance).all()):
-                row = int((~(wrong <= tolerance)).nonzero()[0])
-                raise broken(
-                    "attend gives attention over the keys that a query may see",
-                    *where,
-                    f"{step.place(row)} is off by {wrong[row].item():.3g}, tolerance {tolerance:.3g}",
-                    f"expected: {shown(expected[row].flatten()[:4].tolist())}, ...",
-                    f"found:    {shown(out[row].flatten()[:4].tolist())}, ...",
-                )
+            _check_values("attend", step, spec, q, out, tolerance, where)
+
+
+def _check_packed(target: Any, job: AttentionJob, case: Case, tolerance: float) -> None:
+    """attend_packed: all dimensions rotated, or half of them."""
+    with _poisoned_memory(), torch.inference_mode():
+        step = _Step(job, case)
+        backend = target(job, step.pool)
+        batch = step.batch(backend)
+        batch.plan = backend.plan(batch)
+        for spec in job.layers:
+            q, k, v = step.inputs(spec)
+            rotated = spec.head_dim // (1 + case.seed % 2) // 2 * 2
+            where = [f"job: {job}", f"(cached, new) tokens: {case.sizes}", f"layer: {spec}; {rotated} are rotated"]
+            angles = torch.rand(len(q), 1, rotated // 2, generator=step.generator) * 6
+            cos, sin = angles.cos(), angles.sin()
+            turn = torch.cat((cos, cos), -1).to(q), torch.cat((-sin, sin), -1).to(q)
+            exact = turn[0].double(), turn[1].double()
+            out = backend.attend_packed(spec, torch.cat((q, k, v), 1), turn, batch)
+            q, k = (TorchOperators().rotate(x.double(), exact).to(x) for x in (q, k))
+            _check_output(out, q, where)
+            rows = 0
+            for (cached, new), (keys, _) in zip(case.sizes, step.contexts[spec.layer], strict=True):
+                keys[cached:] = k[rows : rows + new]
+                rows += new
+            if not torch.allclose(step.pool.k[spec.layer][batch.slots].double(), k.double(), tolerance, tolerance):
+                raise broken("attend_packed writes each new token's key, rotated, to its slot", *where)
+            if not torch.equal(step.pool.v[spec.layer][batch.slots], v):
+                raise broken("attend_packed writes each new token's value to its slot", *where)
+            _check_values("attend_packed", step, spec, q, out, tolerance, where)
+
+
+def _check_values(
+    what: str, step: _Step, spec: AttentionSpec, q: Tensor, out: Tensor, tolerance: float, where: list[str]
+) -> None:
+    expected = step.expected(spec, q)
+    wrong = (out.double() - expected).abs().amax((1, 2))
+    if not bool((wrong <= tolerance).all()):
+        row = int((~(wrong <= tolerance)).nonzero()[0])
+        raise broken(
+            f"{what} gives attention over the keys that a query may see",
+            *where,
+            f"{step.place(row)} is off by {wrong[row].item():.3g}, tolerance {tolerance:.3g}",
+            f"expected: {shown(expected[row].flatten()[:4].tolist())}, ...",
+            f"found:    {shown(out[row].flatten()[:4].tolist())}, ...",
+        )
 
 
 def _check_output(out: Any, q: Tensor, where: list[str]) -> None:

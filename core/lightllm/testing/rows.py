@@ -9,7 +9,7 @@ from lightllm.engine.request import SamplingParams
 
 @dataclass
 class Row:
-    """A `lightllm.SamplingRow`."""
+    """A `lightllm.SamplingRow`. ``unknown``: how many of the tokens generated are not in ``output`` yet."""
 
     params: SamplingParams
     prompt: list[int] = field(default_factory=list)
@@ -17,3 +17,8 @@ class Row:
     index: int = 0
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
+    unknown: int = 0
+
+    @property
+    def generated(self) -> int:
+        return len(self.output) + self.unknown

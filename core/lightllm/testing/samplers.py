@@ -59,7 +59,10 @@ def check_sampler(sampler: Any, *, without: Collection[str] = (), device: str = 
     for params in SHAPES:
         if not params.keys() & {*without}:
             check.distribution(params)
-    check.independence([params for params in MENU if not params.keys() & {*without}])
+    menu = [params for params in MENU if not params.keys() & {*without}]
+    check.independence(menu)
+    if target.overlaps:
+        check.overlap([params for params in menu if not any(name.endswith("_penalty") for name in params)])
     if "logit_bias" not in without:
         check.logit_bias()
     if "min_tokens" not in without:
@@ -80,6 +83,8 @@ class _Check:
         return torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 2
 
     def form(self) -> None:
+        if not isinstance(getattr(self.target, "overlaps", None), bool):
+            raise broken("a sampler says on its class whether steps may overlap", "overlaps: it is no bool")
         logits = self.logits(0, rows=3).to(self.device)
         tokens = self.target().sample(logits, [Row(SamplingParams(), seed=i) for i in range(3)])
         what = (
@@ -105,7 +110,7 @@ class _Check:
         for what, rows in (
             ("seed", [Row(given, seed=i) for i in range(self.draws)]),
             ("index (which of n choices)", [Row(given, seed=7, index=i) for i in range(self.draws // 4)]),
-            ("position (len(output))", [Row(given, seed=7, output=[0] * i) for i in range(self.draws // 16)]),
+            ("position (row.generated)", [Row(given, seed=7, output=[0] * i) for i in range(self.draws // 16)]),
         ):
             counts = torch.bincount(torch.tensor(self.sample(logits.expand(len(rows), -1), rows)), minlength=VOCABULARY)
             fault = unlike(counts, expected)
@@ -133,11 +138,25 @@ class _Check:
             for place, i in enumerate(order):
                 if together[place] != alone[i]:
                     raise broken(
-                        "a draw is decided by (seed, index, len(output)), the row's parameters and its logits: it is "
+                        "a draw is decided by (seed, index, generated), the row's parameters and its logits: it is "
                         "the same whenever it is made and whatever else is in the batch",
-                        f"row: {kinds[i] or 'the defaults'}, seed={seed}, index={i}, len(output)={i}",
+                        f"row: {kinds[i] or 'the defaults'}, seed={seed}, index={i}, generated={i}",
                         f"alone it drew {alone[i]}; as row {place} of {len(rows)} it drew {together[place]}",
                     )
+
+    def overlap(self, menu: Sequence[dict[str, Any]]) -> None:
+        """What a row has generated may not be known in full."""
+        for trial, kind in enumerate([*menu, *menu, *menu]):
+            params, logits = SamplingParams(**kind), self.logits(trial)
+            known = Row(params, prompt=[1, 2], output=[3, 4, 5], seed=trial)
+            unknown = Row(params, prompt=[1, 2], output=[3, 4], seed=trial, unknown=1)
+            tokens = self.sample(logits, [known]) + self.sample(logits, [unknown])
+            if tokens[0] != tokens[1]:
+                raise broken(
+                    "a sampler that overlaps counts by row.generated, and does not look at row.output",
+                    f"row: {kind or 'the defaults'}, generated=3",
+                    f"with output=[3, 4, 5] it drew {tokens[0]}, with output=[3, 4] {tokens[1]}",
+                )
 
     def logit_bias(self) -> None:
         logits = self.logits(5)

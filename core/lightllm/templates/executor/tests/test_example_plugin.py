@@ -1,6 +1,7 @@
 import logging
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +19,9 @@ class Worker:
 
     ready: Any = "ready"
 
-    def run(self, plan: Any) -> list[Any]:
+    def start(self, plan: Any) -> Callable[[], list[Any]]:
         time.sleep(plan.seconds)
-        return ["done" for _ in plan.items]
+        return lambda: ["done" for _ in plan.items]
 
 
 def test_it_is_a_plugin() -> None:
@@ -32,10 +33,10 @@ def test_slow_steps_are_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.L
     executor = ExamplePluginExecutor(ExecutorJob(world_size=1, device="cpu"), Worker)
     plan: Any = SimpleNamespace(items=[SimpleNamespace(count=1), SimpleNamespace(count=30)], seconds=0)
     with caplog.at_level(logging.WARNING):
-        assert len(executor.run(plan)) == 2
+        assert len(executor.start(plan)()) == 2
         assert caplog.messages == []
         plan.seconds = 0.2
-        executor.run(plan)
+        executor.start(plan)()
     (message,) = caplog.messages
     assert message.startswith("a step of 2 sequences, 31 tokens took 0.")
 

@@ -27,14 +27,19 @@ class ExamplePluginExecutor:
         self.ready = self.worker.ready
         self.steps = 0
 
-    def run(self, plan: Plan) -> list[Result]:
+    def start(self, plan: Plan) -> Callable[[], list[Result]]:
         begin = time.perf_counter()
-        results = self.worker.run(plan)
-        seconds = time.perf_counter() - begin
-        self.steps += 1
-        if seconds >= self.slow:
-            tokens = sum(item.count for item in plan.items)
-            log.warning("a step of %d sequences, %d tokens took %.2f s", len(plan.items), tokens, seconds)
+        wait = self.worker.start(plan)
+
+        def results() -> list[Result]:
+            found = wait()
+            seconds = time.perf_counter() - begin
+            self.steps += 1
+            if seconds >= self.slow:
+                tokens = sum(item.count for item in plan.items)
+                log.warning("a step of %d sequences, %d tokens took %.2f s", len(plan.items), tokens, seconds)
+            return found
+
         return results
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from lightllm import SamplingRow
@@ -17,6 +18,8 @@ from torch import Tensor
 
 class ExamplePluginSampler:
     """`lightllm.Sampler`."""
+
+    overlaps: ClassVar[bool] = True  # what else there is to know of a row's tokens, `_penalize` alone asks
 
     def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         return torch.stack([_choose(one, row) for one, row in zip(logits, rows, strict=True)])
@@ -28,7 +31,7 @@ def _choose(logits: Tensor, row: SamplingRow) -> Tensor:
     _penalize(logits, row)
     for token, bias in params.logit_bias.items():
         logits[token] += bias
-    if len(row.output) < params.min_tokens:
+    if row.generated < params.min_tokens:
         logits[list(row.stop_ids)] = float("-inf")
     if params.temperature < 1e-5:
         return logits.argmax()
@@ -60,7 +63,7 @@ def _penalize(logits: Tensor, row: SamplingRow) -> None:
 
 def _uniform(row: SamplingRow, count: int) -> Tensor:
     """Numbers between 0 and 1, neither of them included, that only this draw gets."""
-    draw = f"{row.seed} {row.index} {len(row.output)}".encode()
+    draw = f"{row.seed} {row.index} {row.generated}".encode()
     seed = int.from_bytes(hashlib.blake2b(draw, digest_size=7).digest(), "big")
     numbers = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     return numbers.clamp(min=2.0**-60)

@@ -1,0 +1,209 @@
+"""What a device's steps do differently, on a CPU: begun before the last one's tokens are known, replayed at padded
+sizes. A request gets the same answer all the same."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from checkpoints import write_checkpoint
+
+from lightllm.assemble import build_engine
+from lightllm.config import Config
+from lightllm.engine.engine import Engine
+from lightllm.engine.graphs import batch_sizes
+from lightllm.engine.request import Generate, Output, SamplingParams, joined
+from lightllm.grammar import Regex
+from lightllm.plugins import Plugins
+from lightllm.testing.checkpoints import write_tiny_llama
+
+Build = Callable[..., Engine]
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    write_checkpoint(folder, "llama-gqa")
+    plugins = Plugins.discover(quiet=True)
+
+    def build(overlap: bool = False, **options: Any) -> Engine:
+        engine = build_engine(Config(device="cpu", dtype="float32", **options), plugins, folder)
+        engine.executor.ready = msgspec.structs.replace(engine.ready, overlap=overlap)
+        return engine
+
+    return build
+
+
+def replayed(engine: Engine, sizes: list[int]) -> list[int]:
+    """Have decodes replayed; grows by the size of each replay. In place of a CUDA graph the step itself is done again:
+    with the lists it was captured with, and the numbers that lie in its tensors now."""
+    replays: list[int] = []
+    next_size = iter(sorted(sizes, reverse=True))
+
+    def capture(step: Callable[[], None]) -> Callable[[], None]:
+        step()
+        size = next(next_size)
+        return lambda: (replays.append(size), step())[1]
+
+    progress: list[tuple[int, int]] = []
+    engine.executor._worker.capture(sizes, capture, lambda done, total: progress.append((done, total)))  # type: ignore[attr-defined]
+    assert progress == [(i, len(sizes)) for i in range(len(sizes) + 1)]
+    return replays
+
+
+def traffic(seed: int, most: int = 40) -> list[Generate]:
+    draw = random.Random(seed)
+    shared = [draw.randrange(199) for _ in range(21)]
+    menu: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 1.0, "seed": 5},
+        {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "seed": 6, "logprobs": 3},
+        {"temperature": 0.0, "repetition_penalty": 1.3},
+        {"temperature": 1.0, "seed": 8, "stop_token_ids": tuple(range(0, 199, 9)), "min_tokens": 3},
+        {"temperature": 0.0, "prompt_logprobs": 2, "logprobs": 0},
+        {"temperature": 0.0, "max_tokens": 1},
+    ]
+    requests = []
+    for i, extra in enumerate(menu * 2):
+        own = [draw.randrange(199) for _ in range(draw.randint(1, 30))]
+        params = SamplingParams(**{"max_tokens": draw.randint(2, most), "ignore_eos": True} | extra)
+        n = 3 if i == 1 else 1
+        requests.append(Generate(id=str(i), prompt=[*shared, *own] if i % 2 else own, n=n, params=params))
+    return requests
+
+
+def run(engine: Engine, requests: list[Generate]) -> dict[tuple[str, int], Output]:
+    """Half of them come while the others are under way."""
+    half = len(requests) // 2
+    for request in requests[half:]:
+        engine.add(request)
+    pieces: list[Output] = []
+    for _ in range(3):
+        pieces += engine.step().outputs
+    rest = engine.generate(*requests[:half])
+    for piece in reversed(pieces):
+        key = piece.id, piece.index
+        later = rest.get(key)
+        rest[key] = piece if later is None else joined(piece, later)
+    return rest
+
+
+def same(found: dict[tuple[str, int], Output], expected: dict[tuple[str, int], Output]) -> None:
+    assert found.keys() == expected.keys()
+    for key, right in expected.items():
+        answer = found[key]
+        assert (answer.tokens, answer.finish, answer.stop_token) == (right.tokens, right.finish, right.stop_token), key
+        for kind in ("logprobs", "prompt_logprobs"):
+            ours, theirs = getattr(answer, kind) or [], getattr(right, kind) or []
+            assert [entry.token for entry in ours] == [entry.token for entry in theirs]
+            assert [entry.logprob for entry in ours] == pytest.approx([entry.logprob for entry in theirs], abs=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("slots", [2000, 130])
+def test_steps_begun_before_the_last_ones_tokens_are_known(build: Build, seed: int, slots: int) -> None:
+    """The smaller pool is too small for all at once: sequences are preempted while their step is under way."""
+    options = {"max_total_tokens": slots, "max_model_len": 80, "max_batch_tokens": 24}
+    expected = run(build(**options), traffic(seed))
+    overlapped = build(overlap=True, **options)
+    same(run(overlapped, traffic(seed)), expected)
+    stats = overlapped.scheduler.stats()
+    assert (stats.preemptions > 0) == (slots == 130)
+    assert stats.free_slots == slots and not overlapped.busy
+
+
+def test_two_steps_are_under_way_until_a_request_looks_back(build: Build) -> None:
+    engine = build(overlap=True, max_total_tokens=500)
+    engine.add(Generate(id="free", prompt=[1, 2, 3], params=SamplingParams(max_tokens=9, temperature=0.0)))
+    assert engine.step().outputs == []
+    assert [len(output.tokens) for output in engine.step().outputs] == [1]
+    penalized = SamplingParams(max_tokens=3, temperature=0.0, presence_penalty=1.0)
+    engine.add(Generate(id="penalized", prompt=[4, 5], params=penalized))
+    tokens = [sum(len(output.tokens) for output in engine.step().outputs) for _ in range(3)]
+    assert tokens == [3, 2, 2], "its own, and the one of the other's that was under way"
+
+
+def test_a_step_that_is_not_needed_is_not_planned(build: Build) -> None:
+    engine = build(overlap=True, max_total_tokens=500)
+    counted = []
+    start = engine.executor.start
+    engine.executor.start = lambda plan: counted.append(plan) or start(plan)  # type: ignore[method-assign, func-returns-value]
+    engine.generate(Generate(id="", prompt=[1, 2], params=SamplingParams(max_tokens=4, ignore_eos=True)))
+    assert len(counted) == 4
+
+
+def test_a_grammar_is_kept_amid_sequences_that_run_ahead(build: Build, tmp_path: Path) -> None:
+    write_tiny_llama(tmp_path)
+    plugins = Plugins.discover(quiet=True)
+    free = SamplingParams(max_tokens=12, temperature=1.0, seed=3, ignore_eos=True)
+    held = msgspec.structs.replace(free, grammar=Regex(pattern="(ab|ba){4}"))
+    requests = [Generate(id="free", prompt=[65, 66], params=free), Generate(id="held", prompt=[67], params=held)]
+    answers = []
+    for overlap in (False, True):
+        engine = build_engine(Config(device="cpu", dtype="float32", max_total_tokens=500), plugins, tmp_path)
+        engine.executor.ready = msgspec.structs.replace(engine.ready, overlap=overlap)
+        answers.append({key: answer.tokens for key, answer in engine.generate(*requests).items()})
+    assert answers[0] == answers[1]
+    assert set(bytes(answers[0]["held", 0])) == set(b"ab") and len(answers[0]["held", 0]) == 8
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_failed_step_is_mended_or_told(build: Build, overlap: bool, late: bool) -> None:
+    """It fails once, at its beginning or when its results are asked for: by then the next may have begun."""
+    requests = [r for r in traffic(0) if r.params.repetition_penalty == 1 and r.params.prompt_logprobs is None]
+    expected = run(build(max_total_tokens=2000), requests)
+    engine = build(overlap=overlap, max_total_tokens=2000)
+    start, begun = engine.executor.start, 0
+
+    def failing(plan: Any) -> Any:
+        nonlocal begun
+        begun += 1
+        if begun != 6:
+            return start(plan)
+        assert len(plan.items) > 1
+        if not late:
+            raise ConnectionError("the worker is gone")
+        start(plan)
+        return gone
+
+    def gone() -> Any:
+        raise ConnectionError("the worker went")
+
+    engine.executor.start = failing  # type: ignore[method-assign]
+    found = run(engine, requests)
+    lost = {key for key, output in found.items() if output.finish == "error"}
+    assert bool(lost) == (overlap and late)
+    assert all("ConnectionError: the worker went" in (found[key].error or "") for key in lost)
+    same({key: found[key] for key in found.keys() - lost}, {key: expected[key] for key in found.keys() - lost})
+    assert engine.scheduler.stats().free_slots == 2000
+
+
+def test_decodes_replayed_at_padded_sizes(build: Build) -> None:
+    options = {
+        "max_total_tokens": 300,
+        "max_model_len": 80,
+        "max_batch_tokens": 40,
+        "attention_backend": "triton",
+        "operators": "triton",
+    }
+    requests = traffic(1, most=7)[:9]
+    expected = run(build(max_total_tokens=300, max_model_len=80, max_batch_tokens=40), requests)
+    engine = build(overlap=True, **options)
+    replays = replayed(engine, [1, 2, 4, 7])
+    same(run(engine, requests), expected)
+    assert {4, 7} <= set(replays)
+
+
+def test_sizes_that_are_captured() -> None:
+    assert batch_sizes(1) == [1]
+    assert batch_sizes(6) == [1, 2, 4, 6]
+    assert batch_sizes(256)[:6] == [1, 2, 4, 8, 16, 24]
+    assert batch_sizes(256)[-3:] == [192, 224, 256]
+    for size in range(9, 257):
+        padded = min(s for s in batch_sizes(256) if s >= size)
+        assert padded < 2 * size
