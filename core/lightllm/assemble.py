@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from lightllm.interfaces import (
     Executor,
     ExecutorJob,
     GrammarBackend,
+    LinearSummary,
     ModelInfo,
     UserError,
 )
@@ -175,7 +177,7 @@ def _build_worker(
     from lightllm.engine.request import Loading, Ready
     from lightllm.engine.runner import Runner
     from lightllm.nn.batch import KVPool
-    from lightllm.nn.layers import Make
+    from lightllm.nn.layers import Linear, Make
     from lightllm.nn.weights import load_weights
 
     names: dict[type, str] = {}
@@ -228,6 +230,10 @@ def _build_worker(
         f"KV cache: {slots:,} tokens ({pool_bytes / 2**30:.2f} GiB), "
         f"{slots / max_model_len:.1f} requests of the full {max_model_len:,} tokens",
     ]
+    linears = [module for module in model.modules() if isinstance(module, Linear)]
+    held = Counter(one.method.summary(one) for one in linears if isinstance(one.method, LinearSummary))
+    if held:
+        summary.append(f"linear layers: {', '.join(f'{count} {how}' for how, count in held.most_common())}")
     ready = Ready(
         max_model_len=max_model_len,
         total_slots=slots,

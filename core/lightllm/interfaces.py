@@ -359,6 +359,14 @@ class LinearMethod(Protocol):
         """x [..., in] -> [..., out], bias included."""
 
 
+@runtime_checkable
+class LinearSummary(Protocol):
+    """What a `LinearMethod` has besides when users should know how it holds their layers."""
+
+    def summary(self, layer: Linear) -> str:
+        """How it holds this one, in a few words. At the start the log counts the layers of the same words."""
+
+
 Adapters = Callable[[str], Any]
 """An architecture's name in a weight format -> the adapter that a model plugin has for it (`ModelRecord.adapters`);
 None where there is none."""

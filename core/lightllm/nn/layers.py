@@ -68,13 +68,22 @@ class Linear(nn.Module):
 
     ``outs``: full sizes of the parts packed along the output (one for a plain layer). ``split`` "columns": each rank
     holds a slice of every part's outputs; "rows": a slice of the inputs, and the results are summed over the ranks.
+    ``head``: it gives the logits, which suffer most from rounded weights.
     """
 
     def __init__(
-        self, inputs: int, outs: Sequence[int], bias: bool, split: Split | None, make: Make, method: LinearMethod
+        self,
+        inputs: int,
+        outs: Sequence[int],
+        bias: bool,
+        split: Split | None,
+        make: Make,
+        method: LinearMethod,
+        *,
+        head: bool = False,
     ) -> None:
         super().__init__()
-        self.split, self.shard, self.method = split, make.shard, method
+        self.split, self.shard, self.method, self.head = split, make.shard, method, head
         self.dtype, self.device = make.dtype, make.device
         self.full_inputs, self.full_outs = inputs, tuple(outs)
         self.inputs = self.shard.share(inputs, "input size") if split == "rows" else inputs
@@ -198,7 +207,7 @@ class Make:
     def head(self, embedding: Embedding, *, tied: bool, bias: bool = False) -> Linear:
         """Hidden states -> logits. ``tied``: by the embedding's own weight."""
         vocabulary, hidden = embedding.weight.shape
-        head = self.linear(hidden, vocabulary, bias=bias)
+        head = Linear(hidden, [vocabulary], bias, None, self, self._linear_method(), head=True)
         if tied:
             head.weight = embedding.weight
         return head

@@ -1,0 +1,40 @@
+"""float8 arithmetic written out in float64, and what it may differ by from what is computed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOAT8 = torch.float8_e4m3fn
+
+
+def rounded(values: Tensor) -> Tensor:
+    """The e4m3 number nearest to each, the even one of two: multiples of an eighth of the power of two below it, of
+    2^-9 at least, 448 at most."""
+    power = torch.frexp(values).exponent.clamp(min=-5) - 1
+    step = torch.ldexp(torch.ones_like(values), power - 3)
+    return ((values / step).round() * step).clamp(-448, 448)
+
+
+def quantized(x: Tensor) -> tuple[Tensor, Tensor]:
+    """What a row of float32 is divided by, and its float8 numbers, in float64. Scales are rounded to float32."""
+    scales = (x.double().abs().amax(-1, keepdim=True) / 448).float().clamp(min=2**-126)
+    inverses = (1 / scales.double()).float()
+    return rounded((x.double() * inverses.double()).float().double()), scales.double()
+
+
+def product(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """x W^T with both rounded, and the sum of the magnitudes that are added up for it."""
+    (a, a_scales), (b, b_scales) = quantized(x.float()), quantized(weight.float())
+    a, b = a * a_scales, b * b_scales
+    return a @ b.T, a.abs() @ b.abs().T
+
+
+def close(found: Tensor, exact: Tensor, terms: Tensor, factors: torch.dtype, result: torch.dtype) -> None:
+    """``factors``: what the dequantized numbers are rounded to before they are multiplied; ``result``: what the sum is
+    rounded to. Added up in float32, whose part depends on the order: taken as a unit for each of 2^6 steps."""
+    unit = {dtype: torch.finfo(dtype).eps / 2 for dtype in (factors, result, found.dtype)}
+    bound = terms * (2.1 * unit[factors] + 2**-18) + exact.abs() * (unit[result] + 2 * unit[found.dtype])
+    smallest = torch.finfo(found.dtype).tiny
+    off = (found.double() - exact).abs()
+    assert (off <= bound + smallest).all(), (off / (bound + smallest)).max()
