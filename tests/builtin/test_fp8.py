@@ -235,7 +235,8 @@ def test_an_engine_answers_as_transformers_with_rounded_layers(case: str, tmp_pa
         asked = [Generate(id=str(i), prompt=prompt, params=params) for i, prompt in enumerate(prompts)]
         outputs = [output for _, output in sorted(engine.generate(*asked).items())]
         assert engine.ready.summary[-1] == (
-            "linear layers: 12 emulated float8 (slower than plain: this device cannot multiply float8), 1 plain (the head)"
+            "linear layers: 12 emulated float8 (slower than plain: this device cannot multiply float8), "
+            "1 plain (the head)"
         )
 
     def differences() -> Tensor:
