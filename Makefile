@@ -6,7 +6,7 @@ PORT ?= 8000
 BIN := $(VENV)/bin
 PLUGINS := $(wildcard plugins/*)
 
-.PHONY: help serve test lint format docs docs-serve bench bench-gpu test-slow test-gpu clean
+.PHONY: help serve test lint format docs docs-serve bench bench-gpu tune-gpu test-slow test-gpu clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,6 +46,9 @@ bench: $(BIN)/.ready  ## speed, memory and start-up of this server; see benchmar
 
 bench-gpu: $(BIN)/.ready  ## how close to a CUDA device's limits; see benchmarks/gpu/run.py
 	$(BIN)/python benchmarks/gpu/run.py
+
+tune-gpu: $(BIN)/.ready  ## the attention kernels' fastest tiles on a CUDA device; see benchmarks/gpu/tune.py
+	$(BIN)/python benchmarks/gpu/tune.py
 
 test-slow: $(BIN)/.ready  ## what takes minutes on two cores
 	$(BIN)/python -m pytest -m slow

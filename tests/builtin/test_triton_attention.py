@@ -7,6 +7,7 @@ kernels compile for CUDA devices, which the interpreter does not tell, is tested
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -33,18 +34,19 @@ from lightllm_builtin.triton_attention import supports
 
 pytest.importorskip("triton")
 backend = pytest.importorskip("lightllm_builtin.triton_attention.backend")
+tiles = pytest.importorskip("lightllm_builtin.triton_attention.tiles")
 INTERPRETED = not torch.cuda.is_available()
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="tests/gpu does this on the device")
 
 
-SMALL = backend.Tiles(head_bytes=1024, queries=16, keys=16, decode_keys=16, warps=4, stages=1)
+SMALL = tiles.Tiles(queries=16, keys=16, warps=4, stages=1, decode_keys=16, decode_warps=4, decode_stages=1)
 """So that short sequences have several tiles and parts."""
 
 
 @contextmanager
 def small_tiles() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend, "TILES", (SMALL,))
+        patch.setattr(backend, "tiles_for", lambda head_bytes, device: SMALL)
         patch.setattr(backend, "SMALLEST_PART", 16)
         yield
 
@@ -129,15 +131,38 @@ def test_decodes_are_cut_into_parts_until_a_device_is_full(programs: int, keys: 
     assert backend.TritonAttention.parts(programs, keys) == expected
 
 
+def test_what_was_measured_on_a_device_is_used_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = dataclasses.asdict(SMALL)
+    (tmp_path / "measured.json").write_text(json.dumps({"9.0": {"256": measured}}))
+    monkeypatch.setattr(tiles, "MEASURED", tmp_path / "measured.json")
+    monkeypatch.setattr(tiles, "capability", lambda: "9.0")
+    assert tiles.tiles_for(256, "cuda") == SMALL
+    assert tiles.tiles_for(128, "cuda") == tiles.USUAL[128], "heads that were not measured"
+    assert tiles.tiles_for(256, "cpu") == tiles.USUAL[256]
+    monkeypatch.setattr(tiles, "capability", lambda: "8.0")
+    assert tiles.tiles_for(200, "cuda") == tiles.USUAL[256], "a device that was not measured"
+
+
+def test_what_is_shipped_as_measured_can_be_read() -> None:
+    for sizes in json.loads(tiles.MEASURED.read_text()).values():
+        for size, found in sizes.items():
+            assert int(size) in tiles.USUAL and tiles.Tiles(**found)
+
+
 def test_it_says_where_it_can_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    def job(head_dim: int, device: str = "cuda") -> AttentionJob:
-        spec = AttentionSpec(layer=0, heads=1, kv_heads=1, head_dim=head_dim, scale=1.0)
+    def job(head_dim: int, device: str = "cuda", heads: int = 1) -> AttentionJob:
+        spec = AttentionSpec(layer=0, heads=heads, kv_heads=1, head_dim=head_dim, scale=1.0)
         return AttentionJob(layers=(spec,), device=device, dtype="bfloat16", max_model_len=1)
 
-    assert supports(job(256)) is None
+    assert supports(job(256, heads=64)) is None
     assert supports(job(512)) == "heads of 512 are larger than 256"
+    assert supports(job(64, heads=71)) == "71 heads share a kv head, more than 64"
     monkeypatch.delenv("TRITON_INTERPRET")
     assert supports(job(64, "cpu")) == "it needs a CUDA device"
+    assert supports(job(64)) is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert supports(job(64)) == "it needs a device of compute capability 8.0 or newer, this one's is 7.5"
 
 
 @pytest.mark.parametrize("case", ["mistral-window", "llama-head-dim"])

@@ -14,6 +14,7 @@ from lightllm import AttentionJob, AttentionSpec
 from lightllm.nn.batch import Batch, KVPool
 from lightllm.nn.transfer import send
 from lightllm_builtin.triton_attention import kernels
+from lightllm_builtin.triton_attention.tiles import padded, tiles_for
 
 PROGRAMS = 1024
 """Decodes are cut into parts until there are at most so many programs: some for each of an H100's 132 multiprocessors,
@@ -29,31 +30,6 @@ EVERYTHING = 1 << 30
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """How much a program holds, for heads of up to ``head_bytes``, their size rounded up to a power of two.
-
-    They fit into 99 KiB of shared memory, what devices from compute capability 8.0 on have at least (a test compiles
-    them). To be measured: time `attend` on a device for each shape of interest over ``queries`` and ``keys`` in 32, 64,
-    128, ``warps`` in 4, 8, ``stages`` in 2, 3, 4. These are FlashAttention-2's usual ones, and nobody has.
-    """
-
-    head_bytes: int
-    queries: int
-    keys: int
-    decode_keys: int
-    warps: int
-    stages: int
-
-
-TILES = (
-    Tiles(head_bytes=128, queries=128, keys=64, decode_keys=128, warps=4, stages=3),
-    Tiles(head_bytes=256, queries=128, keys=64, decode_keys=64, warps=8, stages=3),
-    Tiles(head_bytes=512, queries=64, keys=32, decode_keys=32, warps=8, stages=2),
-    Tiles(head_bytes=1024, queries=32, keys=16, decode_keys=16, warps=4, stages=2),
-)
-
-
-@dataclass(frozen=True)
 class Plan:
     """Of each decode, its row in q, its row in the batch's table and its tokens; ``blocks``: see `kernels.prefill`."""
 
@@ -61,11 +37,6 @@ class Plan:
     rows: Tensor
     lengths: Tensor
     blocks: Tensor | None
-
-
-def padded(size: int) -> int:
-    """What a kernel holds it in: a power of two, and a matrix product has 16 of everything at least."""
-    return max(16, int(triton.next_power_of_2(size)))
 
 
 class TritonAttention:
@@ -81,7 +52,7 @@ class TritonAttention:
         self.pool = pool
         itemsize = getattr(torch, job.dtype).itemsize
         largest = itemsize * max(padded(layer.head_dim) for layer in job.layers)
-        self.tiles = next(tiles for tiles in TILES if tiles.head_bytes >= largest)
+        self.tiles = tiles_for(largest, job.device)
 
     def plan(self, batch: Batch) -> Plan:
         device, size = batch.slots.device, self.tiles.queries
@@ -151,7 +122,7 @@ class TritonAttention:
             out, partial, logsum, q.stride(0), q.stride(1), table.stride(0), layer.scale, window,
             HEADS=heads, KV_HEADS=layer.kv_heads, D=dim, BD=padded(dim),
             BH=padded(heads // layer.kv_heads), BN=tiles.decode_keys,
-            PARTS=parts, LEAST=least, SOFTCAP=layer.softcap or 0.0, num_warps=4, num_stages=tiles.stages,
+            PARTS=parts, LEAST=least, SOFTCAP=layer.softcap or 0.0, num_warps=tiles.decode_warps, num_stages=tiles.decode_stages,
         )  # fmt: skip
         if parts > 1:
             kernels.combine[(count, heads)](
