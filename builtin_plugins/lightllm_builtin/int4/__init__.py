@@ -1,0 +1,29 @@
+"""Checkpoints whose weights are packed integers of 4 or 8 bits: GPTQ, AWQ, compressed-tensors' pack-quantized."""
+
+from collections.abc import Sequence
+
+from lightllm import LinearMethodRecord, ModelInfo, UserError, hookimpl
+from lightllm_builtin.int4.settings import METHODS, quantization, read
+
+
+def matches(info: ModelInfo) -> str | None:
+    found = quantization(info).get("quant_method")
+    if found not in METHODS:
+        return f"the checkpoint's quant_method is {found}, not {', '.join(METHODS)}"
+    try:
+        read(info)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@hookimpl
+def lightllm_linear_methods() -> Sequence[LinearMethodRecord]:
+    return [
+        LinearMethodRecord(
+            name="int4",
+            target="lightllm_builtin.int4.method:Int4",
+            matches=matches,
+            summary="GPTQ, AWQ and pack-quantized checkpoints of 4 or 8 bits; on a CPU dequantized when loaded",
+        )
+    ]
