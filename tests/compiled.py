@@ -27,6 +27,7 @@ POINTERS = {
     torch.bfloat16: "*bf16",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.uint8: "*u8",
 }
 SCALARS = {int: "i32", float: "fp32"}
 

@@ -24,6 +24,6 @@ def lightllm_linear_methods() -> Sequence[LinearMethodRecord]:
             name="int4",
             target="lightllm_builtin.int4.method:Int4",
             matches=matches,
-            summary="GPTQ, AWQ and pack-quantized checkpoints of 4 or 8 bits; on a CPU dequantized when loaded",
+            summary="GPTQ, AWQ, pack-quantized: 4 or 8 bits; dequantized when loaded on a CPU and in float32",
         )
     ]

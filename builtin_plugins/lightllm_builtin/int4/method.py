@@ -1,4 +1,5 @@
-"""Layers of packed integers: multiplied as they are by a kernel on CUDA devices, dequantized once elsewhere."""
+"""Layers of packed integers: multiplied as they are by a kernel on CUDA devices, dequantized once elsewhere, and for
+models in float32, in which the kernel would be slow."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ log = logging.getLogger("lightllm")
 
 
 class Int4:
-    """`lightllm.LinearMethod`. ``kernel``: whether to multiply by the kernel; on CUDA devices, unless given."""
+    """`lightllm.LinearMethod`. ``kernel``: whether to multiply by the kernel; in 16 bits on CUDA, unless given."""
 
     def __init__(self, info: ModelInfo, kernel: bool | None = None) -> None:
         self.path = info.path
@@ -34,7 +35,7 @@ class Int4:
 
     def create(self, layer: Linear) -> None:
         if self.kernel is None:
-            self.kernel = layer.device.type == "cuda"
+            self.kernel = layer.device.type == "cuda" and layer.dtype != torch.float32
         if self.kernel and (reason := why_not(layer.device.type)):
             raise UserError(f"{self.path}: packed weights cannot be multiplied: {reason}")
         self.scheme = self._scheme(layer)
@@ -43,7 +44,7 @@ class Int4:
         else:
             FORMATS[self.format].hold(layer, self.scheme)
         if layer.head and not self.kernel:  # once a model
-            log.info("%s weights are dequantized to %s when loaded: no CUDA device", self.format, layer.dtype)
+            log.info("%s weights are dequantized when loaded: %s on %s", self.format, layer.dtype, layer.device.type)
 
     def _scheme(self, layer: Linear) -> Scheme | None:
         if layer.tied:

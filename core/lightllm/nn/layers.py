@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +84,7 @@ class Parts:
     """A dimension of one element for each of a layer's parts, whose tensors may come without it."""
 
 
-Dim: TypeAlias = Outputs | Inputs | Parts | int
+Dim = Outputs | Inputs | Parts | int
 """What a dimension of a linear layer's parameter runs along. A number: along nothing, that many elements, of which
 every rank has all. There, parts of one layer are loaded into the same place unless another dimension is `Outputs` or
 `Parts`."""
