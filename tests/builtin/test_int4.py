@@ -249,23 +249,23 @@ FLOATS = compressed_config()
 FLOATS["config_groups"]["group_0"]["weights"]["type"] = "float"
 
 REFUSED = [
-    (GPTQ | {"bits": 3}, "its gptq quantization has bits 3, which is not supported (4, 8 is)"),
-    (AWQ | {"bits": 8}, "its awq quantization has bits 8, which is not supported (4 is)"),
-    (compressed_config(bits=2), "num_bits 2, which is not supported (4, 8 is)"),
-    (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format 'marlin', which is not supported (gptq, gptq_v2 is)"),
-    (GPTQ | {"is_marlin_format": True}, "has Marlin's layout, which is not supported"),
-    (AWQ | {"version": "gemv"}, "has version 'gemv', which is not supported (gemm, GEMM is)"),
-    (compressed_config() | {"format": "marlin-24"}, "format 'marlin-24', which is not supported (pack-quantized is)"),
-    (CONFIG_24, "sparsity_config format 'sparse-24-bitmask', which is not supported (dense is)"),
-    (ACTIVATIONS, "quantizes activations too"),
-    (FLOATS, "has type 'float', which is not supported (int is)"),
-    (GPTQ | {"group_size": 0}, "has group_size 0: a positive number is supported"),
+    (GPTQ | {"bits": 3}, "its gptq quantization has bits 3; supported: 4, 8"),
+    (AWQ | {"bits": 8}, "its awq quantization has bits 8; supported: 4"),
+    (compressed_config(bits=2), "num_bits 2; supported: 4, 8"),
+    (GPTQ | {"checkpoint_format": "marlin"}, "checkpoint_format 'marlin'; supported: gptq, gptq_v2"),
+    (GPTQ | {"is_marlin_format": True}, "has Marlin's layout; supported: gptq, gptq_v2"),
+    (AWQ | {"version": "gemv"}, "has version 'gemv'; supported: gemm, GEMM"),
+    (compressed_config() | {"format": "marlin-24"}, "format 'marlin-24'; supported: pack-quantized"),
+    (CONFIG_24, "sparsity_config format 'sparse-24-bitmask'; supported: dense"),
+    (ACTIVATIONS, "is of activations, too; supported: weights only"),
+    (FLOATS, "has type 'float'; supported: int"),
+    (GPTQ | {"group_size": 0}, "has group_size 0; supported: positive numbers"),
     ({"quant_method": "gptq", "group_size": 128}, "its gptq quantization does not say its bits"),
     ({"quant_method": "awq", "bits": 4}, "its awq quantization does not say its group_size"),
     ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "does not say its config_groups"),
     (AWQ | {"modules_to_not_convert": ["("]}, "its quantization_config cannot be read: "),
     (GPTQ | {"dynamic": ["x"]}, "its quantization_config cannot be read: "),
-    ({"quant_method": "exl3"}, "quant_method 'exl3' is not supported (gptq, awq, compressed-tensors are)"),
+    ({"quant_method": "exl3"}, "its quant_method is 'exl3'; supported: gptq, awq, compressed-tensors"),
 ]
 
 
@@ -275,13 +275,18 @@ def test_what_is_not_supported_is_said_with_what_is(config: dict[str, Any], reas
     assert answer is not None and "\n" not in answer
     with pytest.raises(UserError) as error:
         Int4(info(config))
-    assert reason in str(error.value) and str(error.value).startswith("/models/x: ")
-    assert reason in answer or config["quant_method"] == "exl3"
+    assert str(error.value) == answer
+    assert reason in answer and answer.startswith("/models/x: ")
 
 
 def test_plain_checkpoints_are_not_its_own() -> None:
-    assert matches(info({})) is not None
-    assert matches(ModelInfo(path="", architecture="", config={})) is not None
+    assert matches(info({})) == "the checkpoint is not quantized"
+
+
+def test_the_log_says_that_weights_are_dequantized(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    check_logprobs(tmp_path, write(tmp_path, "gptq"))
+    assert caplog.text.count("gptq weights are dequantized when loaded: torch.float32 on cpu") == 1
 
 
 def layer(config: dict[str, Any], *names: str, inputs: int = 64, shard: Shard | None = None, **how: Any) -> Any:

@@ -366,6 +366,13 @@ def test_right_linear_methods_pass() -> None:
     check_linear_method(Rounded, tolerance=0.1)
 
 
+class Untied(Plain):
+    """Holds what a tied layer cannot share."""
+
+    def create(self, layer: Any) -> None:
+        layer.hold("weight", Outputs(), Inputs(2))
+
+
 @pytest.mark.parametrize(
     ("method", "rule"),
     [
@@ -376,6 +383,7 @@ def test_right_linear_methods_pass() -> None:
         (Doubles, "apply gives [..., layer.outputs] in x's dtype"),
         (Renamed, "create holds what is to be loaded"),
         (ByHand, "create holds what is to be loaded"),
+        (Untied, "a tied layer holds no weight along outputs and inputs"),
         (Full, "a method holds this rank's part"),
     ],
 )

@@ -45,7 +45,7 @@ def read(info: ModelInfo) -> tuple[str, Schemes]:
     config = quantization(info)
     method = str(config.get("quant_method"))
     if method not in METHODS:
-        raise UserError(f"{info.path}: quant_method {method!r} is not supported ({', '.join(METHODS)} are)")
+        raise UserError(f"{info.path}: its quant_method is {method!r}; supported: {', '.join(METHODS)}")
     try:
         return method, METHODS[method](config)
     except Unsupported as error:
@@ -66,7 +66,7 @@ def _one_of(config: Mapping[str, Any], key: str, supported: tuple[Any, ...], *na
     if found is None:
         raise KeyError(key)
     if found not in supported:
-        raise Unsupported(f"has {key} {found!r}, which is not supported ({', '.join(map(str, supported))} is)")
+        raise Unsupported(f"has {key} {found!r}; supported: {', '.join(map(str, supported))}")
     return found
 
 
@@ -74,13 +74,13 @@ def _group(size: Any) -> int | None:
     if size == -1:
         return None
     if not isinstance(size, int) or size < 1:
-        raise Unsupported(f"has group_size {size!r}: a positive number is supported, or -1 for the whole column")
+        raise Unsupported(f"has group_size {size!r}; supported: positive numbers, and -1 for the whole column")
     return size
 
 
 def _gptq(config: dict[str, Any]) -> Schemes:
     if config.get("is_marlin_format"):
-        raise Unsupported("has Marlin's layout, which is not supported (gptq, gptq_v2 are)")
+        raise Unsupported("has Marlin's layout; supported: gptq, gptq_v2")
     _one_of(config, "pack_dtype", ("int32",), default="int32")
 
     def scheme(settings: Mapping[str, Any]) -> Scheme:
@@ -133,7 +133,7 @@ def _compressed_tensors(config: dict[str, Any]) -> Schemes:
     _one_of(config, "format", ("pack-quantized",))
     sparsity = (config.get("sparsity_config") or {}).get("format") or "dense"
     if sparsity != "dense":
-        raise Unsupported(f"has sparsity_config format {sparsity!r}, which is not supported (dense is)")
+        raise Unsupported(f"has sparsity_config format {sparsity!r}; supported: dense")
     groups = {
         target: _compressed_weights(group)
         for group in config["config_groups"].values()
@@ -161,7 +161,7 @@ def _is(name: str, text: str) -> bool:
 
 def _compressed_weights(group: Mapping[str, Any]) -> Scheme:
     if group.get("input_activations"):
-        raise Unsupported("quantizes activations too, which is not supported (weights only are)")
+        raise Unsupported("is of activations, too; supported: weights only")
     _one_of(group, "format", ("pack-quantized",), default="pack-quantized")
     weights = group["weights"]
     _one_of(weights, "type", ("int",), default="int")

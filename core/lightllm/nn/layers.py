@@ -98,7 +98,7 @@ class Linear(nn.Module):
     ``tied``: the embedding's weight, if this is a head that shares it.
 
     Parameters come with `create`, when the model is whole. ``names``: the parts' paths in the model, which are their
-    names in the checkpoint. ``head``: whether it gives logits.
+    names in the checkpoint. ``head``: whether it gives logits. ``optional``: parameters that may be missing.
     """
 
     bias: nn.Parameter | None
@@ -143,17 +143,20 @@ class Linear(nn.Module):
         self.names = names
         self.method.create(self)
         unknown = [name for name, _ in self.named_parameters(recurse=False) if name not in self._dims]
-        if unknown or (self.tied and "weight" not in self._dims):
-            what = f"{', '.join(unknown)} is made without layer.hold" if unknown else "a tied layer gets no weight"
-            raise Wrong(f"create of the linear method {type(self.method).__name__} is wrong: {what}")
+        if unknown:
+            raise self._wrong(f"{', '.join(unknown)} is made without layer.hold")
+        if self._tied and self._parameters.get("weight") is not self._tied[0]:
+            raise self._wrong("a tied layer holds no weight along outputs and inputs")
         if self._biased:
             self.hold("bias", Outputs())
-        if self._tied:
-            self.weight = self._tied[0]
+
+    def _wrong(self, what: str) -> Wrong:
+        return Wrong(f"create of the linear method {type(self.method).__name__} is wrong: {what}")
 
     def hold(self, name: str, *dims: Dim, dtype: torch.dtype | None = None, optional: bool = False) -> None:
         """For a method's `create`: a parameter to be loaded, uninitialised, of this rank's size; ``dtype``: the
-        layer's unless given. Checkpoint tensors of any part are then cut and placed by ``dims``.
+        layer's unless given. Checkpoint tensors of any part are then cut and placed by ``dims``. A tied layer's
+        ``weight`` is the embedding's.
 
         ``optional``: it may be missing from the checkpoint, and is None then; the layer is finished when all has been
         read. Raises UserError if a rank's share would cut through what several inputs or outputs have in common.
@@ -171,8 +174,11 @@ class Linear(nn.Module):
                 shape.append(sum(_cells(size, dim) for size in sizes))
             else:
                 shape.append(dim if isinstance(dim, int) else len(self.outs))
-        empty = torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
-        self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+        if self._tied and (name, dims) == ("weight", (Outputs(), Inputs())):
+            self.register_parameter(name, self._tied[0])
+        else:
+            empty = torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
         self._dims[name] = dims
         if optional:
             self.optional.add(name)
