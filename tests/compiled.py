@@ -28,6 +28,7 @@ POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.float8_e4m3fn: "*fp8e4nv",
+    torch.uint8: "*u8",
 }
 SCALARS = {int: "i32", float: "fp32"}
 

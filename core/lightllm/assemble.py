@@ -178,7 +178,7 @@ def _build_worker(
     from lightllm.engine.runner import Runner
     from lightllm.nn.batch import KVPool
     from lightllm.nn.layers import Linear, Make
-    from lightllm.nn.weights import load_weights
+    from lightllm.nn.weights import count_parameters, load_weights
 
     names: dict[type, str] = {}
 
@@ -200,12 +200,12 @@ def _build_worker(
     layers = Make(
         dtype=dtype,
         device=device,
-        linear_method=lambda: make("linear method", method),
+        linear_method=lambda: make("linear method", method, info),
         operators=make("operators", choose(plugins, "operators", config.operators, here)),
     )
     with torch.inference_mode():
         model = make("model", record, info, layers)
-        parameters = sum(p.numel() for p in model.parameters())
+        parameters = count_parameters(model)
         source = make("weight format", weight_format, path, info, adapters(plugins, weight_format))
         with blamed(f"loading the weights with {weight_format.label}"):
             load_weights(

@@ -345,12 +345,14 @@ class LogitsProcessor(Protocol):
 
 
 class LinearMethod(Protocol):
-    """How one linear layer holds its weight and multiplies by it."""
+    """How one linear layer holds its weight and multiplies by it. Each layer has an object of its own."""
 
-    def __init__(self) -> None: ...
+    def __init__(self, info: ModelInfo) -> None: ...
 
     def create(self, layer: Linear) -> None:
-        """Register the parameters to be loaded (the usual one: ``weight`` [out, in])."""
+        """Say with ``layer.hold`` which parameters are to be loaded, but for the bias. The usual one is ``weight``
+        along outputs and inputs; a layer that is ``tied`` must have that one and leave it as it is. ``layer.names``
+        and ``layer.head`` tell which layer it is, for checkpoints that quantize some and not others."""
 
     def finish(self, layer: Linear) -> None:
         """Called once, when every part of this layer has been loaded: pack or quantize."""

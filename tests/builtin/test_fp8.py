@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from operator_cases import tensors
 from torch import Tensor
 
+from lightllm import ModelInfo
 from lightllm.assemble import build_engine
 from lightllm.config import Config
 from lightllm.engine.request import Generate, SamplingParams
@@ -34,6 +35,7 @@ from lightllm_builtin import fp8
 from lightllm_builtin.fp8 import rounding
 from lightllm_builtin.fp8.method import Fp8
 
+INFO = ModelInfo(path="", architecture="", config={})
 TESTS = Path(__file__).parents[1]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 STATELESS = HealthCheck.function_scoped_fixture  # as the fixtures here are
@@ -147,8 +149,9 @@ def test_layers_multiply(dtype: str) -> None:
 
 
 def make_layer(inputs: int, outputs: int, **more: Any) -> Any:
-    make = Make(dtype=torch.float32, device="cpu", linear_method=Fp8)
+    make = Make(dtype=torch.float32, device="cpu", linear_method=lambda: Fp8(INFO))
     layer = make.linear(inputs, outputs, **more)
+    layer.create(("layer",))
     torch.manual_seed(inputs + outputs)
     layer.load("weight", torch.randn(outputs, inputs), None)
     return layer
@@ -164,8 +167,9 @@ def test_a_layer_holds_a_byte_for_each_weight() -> None:
 
 def test_a_device_gets_the_weights_of_finished_layers_only() -> None:
     """A device may have no room for all of them as they are in the checkpoint."""
-    make = Make(dtype=torch.bfloat16, device="meta", linear_method=Fp8)
+    make = Make(dtype=torch.bfloat16, device="meta", linear_method=lambda: Fp8(INFO))
     layer = make.linear(64, 48)
+    layer.create(("layer",))
     assert layer.weight.device.type == "cpu"
     layer.load("weight", torch.randn(48, 64), None)
     layer.finish()
@@ -184,9 +188,10 @@ def test_a_layer_whose_sizes_do_not_fit_is_plain(inputs: int, outputs: int) -> N
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_head_is_plain(tied: bool) -> None:
-    make = Make(dtype=torch.float32, device="cpu", linear_method=Fp8)
+    make = Make(dtype=torch.float32, device="cpu", linear_method=lambda: Fp8(INFO))
     embedding = make.embedding(48, 64)
     head = make.head(embedding, tied=tied)
+    head.create(("head",))
     embedding.weight.copy_(weight := torch.randn(48, 64))
     if not tied:
         head.load("weight", weight, None)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightllm import AttentionBackendRecord, AttentionSpec, LogitsProcessorRecord, ModelInfo
+from lightllm.nn.layers import Inputs, Outputs
 from lightllm.nn.operators import TorchOperators
 from lightllm.testing import (
     check_attention_backend,
@@ -355,9 +356,10 @@ def test_a_processors_record_is_held_to_the_fields() -> None:
 class Plain:
     """Weights as they are."""
 
+    def __init__(self, info: ModelInfo) -> None: ...
+
     def create(self, layer: Any) -> None:
-        shape = layer.outputs, layer.inputs
-        layer.weight = torch.nn.Parameter(torch.empty(shape, dtype=layer.dtype), requires_grad=False)
+        layer.hold("weight", Outputs(), Inputs())
 
     def finish(self, layer: Any) -> None:
         pass
@@ -389,9 +391,8 @@ class Overwrites(Plain):
 class Full(Plain):
     """Of the full size, whatever the rank."""
 
-    def create(self, layer: Any) -> None:
-        shape = sum(layer.full_outs), layer.full_inputs
-        layer.weight = torch.nn.Parameter(torch.zeros(shape), requires_grad=False)
+    def finish(self, layer: Any) -> None:
+        layer.weight.data = layer.weight.view(sum(layer.full_outs), layer.full_inputs)
 
 
 class Matrices(Plain):
@@ -406,9 +407,13 @@ class Doubles(Plain):
 
 class Renamed(Plain):
     def create(self, layer: Any) -> None:
-        super().create(layer)
-        layer.matrix = layer.weight
-        del layer.weight
+        layer.hold("matrix", Outputs(), Inputs())
+        layer.hold("weight", Outputs(), Inputs(), optional=True)
+
+
+class ByHand(Plain):
+    def create(self, layer: Any) -> None:
+        layer.weight = torch.nn.Parameter(torch.zeros(layer.outputs, layer.inputs), requires_grad=False)
 
 
 def test_right_linear_methods_pass() -> None:
@@ -416,6 +421,13 @@ def test_right_linear_methods_pass() -> None:
         check_linear_method(Dense, dtype=dtype, tolerance=tolerance)
         check_linear_method(Plain, dtype=dtype, tolerance=tolerance)
     check_linear_method(Rounded, tolerance=0.1)
+
+
+class Untied(Plain):
+    """Holds what a tied layer cannot share."""
+
+    def create(self, layer: Any) -> None:
+        layer.hold("weight", Outputs(), Inputs(2))
 
 
 @pytest.mark.parametrize(
@@ -426,7 +438,9 @@ def test_right_linear_methods_pass() -> None:
         (Overwrites, "a head tied to an embedding leaves it its weight"),
         (Matrices, "apply gives [..., layer.outputs] in x's dtype"),
         (Doubles, "apply gives [..., layer.outputs] in x's dtype"),
-        (Renamed, "create registers the weight that is to be loaded"),
+        (Renamed, "create holds what is to be loaded"),
+        (ByHand, "create holds what is to be loaded"),
+        (Untied, "a tied layer holds no weight along outputs and inputs"),
         (Full, "a method holds this rank's part"),
     ],
 )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightllm.nn.layers import Linear
+from lightllm import ModelInfo
+from lightllm.nn.layers import Inputs, Linear, Outputs
 from lightllm_builtin.fp8 import rounding
 from lightllm_builtin.linear.dense import Dense
 from lightllm_builtin.triton_support import why_not
@@ -25,14 +26,16 @@ class Fp8:
     scales: Tensor
     """[out, 1] float32"""
 
+    def __init__(self, info: ModelInfo) -> None:
+        self.info = info
+
     def create(self, layer: Linear) -> None:
         if layer.head or layer.inputs % MULTIPLE or layer.outputs % MULTIPLE:
-            self.dense = Dense()
+            self.dense = Dense(self.info)
             self.dense.create(layer)
             return
         # In the host's memory: a device need not have room for all the weights as the checkpoint has them.
-        weight = torch.empty(layer.outputs, layer.inputs, dtype=layer.dtype)
-        layer.weight = nn.Parameter(weight, requires_grad=False)
+        layer.hold("weight", Outputs(), Inputs(), device=torch.device("cpu"))
 
     def finish(self, layer: Linear) -> None:
         if self.dense:

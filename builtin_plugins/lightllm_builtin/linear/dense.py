@@ -5,10 +5,11 @@ Measured on 2 cores of an EPYC with AVX-512, all of SmolLM2's layers in float32:
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from lightllm.nn.layers import Linear
+from lightllm import ModelInfo
+from lightllm.nn.layers import Inputs, Linear, Outputs
 
 
 class Dense:
@@ -16,9 +17,10 @@ class Dense:
 
     packed: Tensor | None = None
 
+    def __init__(self, info: ModelInfo) -> None: ...
+
     def create(self, layer: Linear) -> None:
-        weight = torch.empty(layer.outputs, layer.inputs, dtype=layer.dtype, device=layer.device)
-        layer.weight = nn.Parameter(weight, requires_grad=False)
+        layer.hold("weight", Outputs(), Inputs())
 
     def finish(self, layer: Linear) -> None:
         if layer.device.type != "cpu" or not _packable(layer.dtype):

@@ -122,7 +122,8 @@ class TritonAttention:
             out, partial, logsum, q.stride(0), q.stride(1), table.stride(0), layer.scale, window,
             HEADS=heads, KV_HEADS=layer.kv_heads, D=dim, BD=padded(dim),
             BH=padded(heads // layer.kv_heads), BN=tiles.decode_keys,
-            PARTS=parts, LEAST=least, SOFTCAP=layer.softcap or 0.0, num_warps=tiles.decode_warps, num_stages=tiles.decode_stages,
+            PARTS=parts, LEAST=least, SOFTCAP=layer.softcap or 0.0,
+            num_warps=tiles.decode_warps, num_stages=tiles.decode_stages,
         )  # fmt: skip
         if parts > 1:
             kernels.combine[(count, heads)](

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightllm.interfaces import AttentionSpec, LinearMethod, ModelInfo, Operators
+from lightllm.checks import Wrong
+from lightllm.interfaces import AttentionSpec, LinearMethod, ModelInfo, Operators, UserError
 from lightllm.nn.operators import TorchOperators
 from lightllm.nn.rope import Rope
 
@@ -63,13 +64,44 @@ def copy_into(parameter: Tensor, tensor: Tensor) -> None:
     parameter.copy_(tensor)
 
 
+@dataclass(frozen=True)
+class Outputs:
+    """A dimension along a layer's outputs. ``per``: how many share an element, as in a packed word or a block that has
+    one scale; what is left over at the end of a part has one of its own."""
+
+    per: int = 1
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A dimension along a layer's inputs; ``per`` as for `Outputs`."""
+
+    per: int = 1
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A dimension of one element for each of a layer's parts, whose tensors may come without it."""
+
+
+Dim = Outputs | Inputs | Parts | int
+"""What a dimension of a linear layer's parameter runs along. A number: along nothing, that many elements, of which
+every rank has all. There, parts of one layer are loaded into the same place unless another dimension is `Outputs` or
+`Parts`."""
+
+
 class Linear(nn.Module):
     """y = x W^T + b, the weight held as a `LinearMethod` likes.
 
     ``outs``: full sizes of the parts packed along the output (one for a plain layer). ``split`` "columns": each rank
     holds a slice of every part's outputs; "rows": a slice of the inputs, and the results are summed over the ranks.
-    ``head``: it gives the logits, which suffer most from rounded weights.
+    ``tied``: the embedding's weight, if this is a head that shares it.
+
+    Parameters come with `create`, when the model is whole. ``names``: the parts' paths in the model, which are their
+    names in the checkpoint. ``head``: whether it gives logits. ``optional``: parameters that may be missing.
     """
+
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -81,6 +113,7 @@ class Linear(nn.Module):
         method: LinearMethod,
         *,
         head: bool = False,
+        tied: nn.Parameter | None = None,
     ) -> None:
         super().__init__()
         self.split, self.shard, self.method, self.head = split, make.shard, method, head
@@ -89,25 +122,103 @@ class Linear(nn.Module):
         self.inputs = self.shard.share(inputs, "input size") if split == "rows" else inputs
         self.outs = [self.shard.share(o, "output size") if split == "columns" else o for o in outs]
         self.outputs = sum(self.outs)
-        method.create(self)
-        self.bias = make.parameter(self.outputs) if bias else None
+        self.names: tuple[str, ...] = ()
+        self.optional: set[str] = set()
+        self._biased, self._tied = bias, (tied,) if tied is not None else ()  # in a tuple: no parameter of its own yet
+        self._dims: dict[str, tuple[Dim, ...]] = {}
+        self._came: set[str] = set()
+        self.register_parameter("bias", None)
+
+    @property
+    def tied(self) -> bool:
+        """Whether its weight is the embedding's: a parameter ``weight`` of [outputs, inputs]."""
+        return bool(self._tied)
+
+    def count(self) -> int:
+        """Weights and biases of its own, whatever holds them."""
+        return (0 if self.tied else self.inputs * self.outputs) + (self.outputs if self._biased else 0)
+
+    def create(self, names: tuple[str, ...]) -> None:
+        """Make the parameters that are to be loaded. Called once, before any is."""
+        self.names = names
+        self.method.create(self)
+        unknown = [name for name, _ in self.named_parameters(recurse=False) if name not in self._dims]
+        if unknown:
+            raise self._wrong(f"{', '.join(unknown)} is made without layer.hold")
+        if self._tied and self._parameters.get("weight") is not self._tied[0]:
+            raise self._wrong("a tied layer holds no weight along outputs and inputs")
+        if self._biased:
+            self.hold("bias", Outputs())
+
+    def _wrong(self, what: str) -> Wrong:
+        return Wrong(f"create of the linear method {type(self.method).__name__} is wrong: {what}")
+
+    def hold(
+        self,
+        name: str,
+        *dims: Dim,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+        optional: bool = False,
+    ) -> None:
+        """For a method's `create`: a parameter to be loaded, uninitialised, of this rank's size; ``dtype`` and
+        ``device``: the layer's unless given. Checkpoint tensors of any part are then cut and placed by ``dims``. A tied
+        layer's ``weight`` is the embedding's.
+
+        ``optional``: it may be missing from the checkpoint, and is None then; the layer is finished when all has been
+        read. Raises UserError if a rank's share would cut through what several inputs or outputs have in common.
+        """
+        shape = []
+        for dim in dims:
+            if isinstance(dim, (Outputs, Inputs)):
+                split, sizes = ("columns", self.outs) if isinstance(dim, Outputs) else ("rows", [self.inputs])
+                if self.split == split and self.shard.size > 1 and any(size % dim.per for size in sizes):
+                    what = "outputs" if isinstance(dim, Outputs) else "inputs"
+                    raise UserError(
+                        f"{', '.join(self.names)}: {self.shard.size} tensor-parallel ranks get {sizes} {what} each, "
+                        f"but {name} holds {dim.per} {what} together"
+                    )
+                shape.append(sum(_cells(size, dim) for size in sizes))
+            else:
+                shape.append(dim if isinstance(dim, int) else len(self.outs))
+        if self._tied and (name, dims) == ("weight", (Outputs(), Inputs())):
+            self.register_parameter(name, self._tied[0])
+        else:
+            empty = torch.empty(shape, dtype=dtype or self.dtype, device=device or self.device)
+            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+        self._dims[name] = dims
+        if optional:
+            self.optional.add(name)
 
     def load(self, name: str, tensor: Tensor, part: int | None) -> None:
         """Copy a checkpoint tensor (full size, unsharded) into part ``part`` of parameter ``name``."""
-        parameter = self.get_parameter(name)
-        index = part or 0
-        full = (self.full_outs[index], self.full_inputs)[: tensor.dim()]
-        if tuple(tensor.shape) != full[: parameter.dim()] or tensor.dim() != parameter.dim():
-            raise ShapeError(full[: parameter.dim()], tensor.shape)
-        if self.split == "columns":
-            tensor = self.shard.cut(tensor, 0)
-        elif self.split == "rows" and tensor.dim() == 2:
-            tensor = self.shard.cut(tensor, 1)
-        elif self.split == "rows" and self.shard.rank:
-            tensor = torch.zeros_like(tensor)  # the bias is added once: the ranks' results are summed
-        copy_into(parameter.narrow(0, sum(self.outs[:index]), self.outs[index]), tensor)
+        place: Tensor = self.get_parameter(name)
+        dims, index = self._dims[name], part or 0
+        expected: list[int] = []
+        for axis, dim in enumerate(dims):
+            if isinstance(dim, Parts) and tensor.dim() < len(dims):
+                tensor = tensor.unsqueeze(axis)
+            full = self.full_outs[index] if isinstance(dim, Outputs) else self.full_inputs
+            expected.append(dim if isinstance(dim, int) else 1 if isinstance(dim, Parts) else _cells(full, dim))
+        if list(tensor.shape) != expected:
+            raise ShapeError(expected, tensor.shape)
+        for axis, dim in enumerate(dims):
+            if isinstance(dim, Parts):
+                place = place.narrow(axis, index, 1)
+            elif isinstance(dim, Outputs):
+                before = sum(_cells(size, dim) for size in self.outs[:index])
+                place = place.narrow(axis, before, _cells(self.outs[index], dim))
+                tensor = self.shard.cut(tensor, axis) if self.split == "columns" else tensor
+            elif isinstance(dim, Inputs) and self.split == "rows":
+                tensor = self.shard.cut(tensor, axis)
+        if name == "bias" and self.split == "rows" and self.shard.rank:
+            tensor = torch.zeros_like(tensor)  # it is added once: the ranks' results are summed
+        copy_into(place, tensor)
+        self._came.add(name)
 
     def finish(self) -> None:
+        for name in self.optional - self._came:
+            self.register_parameter(name, None)
         self.method.finish(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,6 +227,10 @@ class Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.inputs} -> {self.outs}, split={self.split}, method={type(self.method).__name__}"
+
+
+def _cells(size: int, dim: Outputs | Inputs) -> int:
+    return -(-size // dim.per)
 
 
 class Embedding(nn.Module):
@@ -207,10 +322,8 @@ class Make:
     def head(self, embedding: Embedding, *, tied: bool, bias: bool = False) -> Linear:
         """Hidden states -> logits. ``tied``: by the embedding's own weight."""
         vocabulary, hidden = embedding.weight.shape
-        head = Linear(hidden, [vocabulary], bias, None, self, self._linear_method(), head=True)
-        if tied:
-            head.weight = embedding.weight
-        return head
+        shared = embedding.weight if tied else None
+        return Linear(hidden, [vocabulary], bias, None, self, self._linear_method(), head=True, tied=shared)
 
     def embedding(self, vocabulary: int, hidden: int) -> Embedding:
         return Embedding(vocabulary, hidden, self)

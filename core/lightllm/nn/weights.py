@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightllm.interfaces import UserError, WeightFormat
-from lightllm.nn.layers import ShapeError, copy_into
+from lightllm.nn.layers import Linear, ShapeError, copy_into
 
 NEVER_LOADED = ("*rotary_emb.inv_freq", "*.rotary_emb.cos_cached", "*.rotary_emb.sin_cached")
 """Buffers that older checkpoints carry along; models compute them."""
@@ -42,17 +42,21 @@ class Place:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, source: WeightFormat, progress: Callable[[int, int], None] | None = None) -> None:
-    """Load every parameter of ``model`` from ``source``; ``progress(done, total)`` counts bytes.
+    """Create what ``model``'s linear layers hold, and load every parameter from ``source``; ``progress(done, total)``
+    counts bytes.
 
     A module's ``finish()`` is called as soon as its last part has arrived, so that packing or quantizing it frees
-    memory while the rest is still loading; one that holds a tied parameter waits for the end. Raises UserError naming
-    the tensors that are missing, unexpected, there twice or of the wrong shape.
+    memory while the rest is still loading; one that holds a tied parameter, or lacks an optional one, waits for the
+    end. A bias of zeros that the model does not know is skipped. Raises UserError naming the tensors that are missing,
+    unexpected, there twice or of the wrong shape.
     """
     places = _places(model)
     tied: Mapping[str, str] = getattr(model, "tied", {})
     ignored = (*NEVER_LOADED, *getattr(model, "ignored", ()))
     prefixes: Mapping[str, str] = getattr(model, "prefixes", {})
     missing = {name for name in places if name not in tied}
+    maybe = {name for name, place in places.items() if place.name in getattr(place.module, "optional", ())}
+    came: set[tuple[int, str]] = set()
     waiting = Counter(id(places[name].module) for name in places)
     unexpected, twice, misshapen = [], [], []
     done, total = 0, source.nbytes()
@@ -64,6 +68,7 @@ def load_weights(model: nn.Module, source: WeightFormat, progress: Callable[[int
         if name in missing:
             missing.discard(name)
             place = places[name]
+            came.add((id(place.module), place.name))
             try:
                 place.fill(tensor)
             except ShapeError as error:
@@ -75,12 +80,16 @@ def load_weights(model: nn.Module, source: WeightFormat, progress: Callable[[int
         elif name in places:
             if name not in tied:
                 twice.append(name)
+        elif name.endswith(".bias") and not tensor.any():
+            pass  # quantizers have written them for layers without one
         elif name not in tied and not any(fnmatch(found, pattern) for pattern in ignored):
             unexpected.append(found)
         if progress:
             progress(min(done, total), total)
-    _complain(type(model).__name__, missing, unexpected, twice, misshapen)
-    for module in {id(places[name].module): places[name].module for name in tied if name in places}.values():
+    absent = {name for name in missing & maybe if (id(places[name].module), places[name].name) not in came}
+    _complain(type(model).__name__, missing - absent, unexpected, twice, misshapen)
+    waited = [places[name].module for name in (*tied, *sorted(absent)) if name in places]
+    for module in {id(module): module for module in waited}.values():
         _finish(module)
     if progress:
         progress(total, total)
@@ -103,19 +112,26 @@ def _complain(
 
 
 def _places(model: nn.Module) -> dict[str, Place]:
-    """Checkpoint name -> place, for every parameter of the model."""
+    """Checkpoint name -> place, for every parameter of the model; those of linear layers are created first."""
     packed: dict[str, tuple[str, ...]] = dict(getattr(type(model), "weights", {}))
     places = {}
     for path, module in model.named_modules():
         parent, _, last = path.rpartition(".")
-        prefix = f"{parent}." if parent else ""
+        parts = [f"{parent}.{part}" if parent else part for part in packed.get(last, ())]
+        if isinstance(module, Linear):
+            module.create(tuple(parts) or (path,))
         for name, _ in module.named_parameters(recurse=False):
-            if last in packed:
-                for part, original in enumerate(packed[last]):
-                    places[f"{prefix}{original}.{name}"] = Place(module, name, part)
-            else:
+            for part, original in enumerate(parts):
+                places[f"{original}.{name}"] = Place(module, name, part)
+            if not parts:
                 places[f"{path}.{name}" if path else name] = Place(module, name, None)
     return places
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Weights and biases of the model itself, however its linear layers hold them."""
+    own = {id(p): p for m in model.modules() if not isinstance(m, Linear) for p in m.parameters(recurse=False)}
+    return sum(p.numel() for p in own.values()) + sum(m.count() for m in model.modules() if isinstance(m, Linear))
 
 
 def _renamed(name: str, prefixes: Mapping[str, str]) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightllm.interfaces import UserError
+from lightllm.checks import Wrong
+from lightllm.interfaces import ModelInfo, UserError
 from lightllm.nn.layers import Linear, Make, Shard
 from lightllm.nn.weights import load_weights
 from lightllm.testing.rules import broken, resolve, shown
@@ -46,22 +47,41 @@ class _Model(nn.Module):
         self.tied = {"head.weight": "embed.weight"}
 
 
-def check_linear_method(method: Any, *, tolerance: float = 1e-4, device: str = "cpu", dtype: str = "float32") -> None:
+Pack = Callable[[Tensor], tuple[Mapping[str, Tensor], Tensor]]
+
+
+def _plain(weight: Tensor) -> tuple[Mapping[str, Tensor], Tensor]:
+    return {"weight": weight}, weight
+
+
+def check_linear_method(
+    method: Any,
+    *,
+    config: Mapping[str, Any] | None = None,
+    pack: Pack = _plain,
+    tolerance: float = 1e-4,
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> None:
     """Layers held by it give x W^T + b: of one part and of several packed ones, with a bias and without, for any number
     of rows, as a head tied to an embedding, and as the shards of tensor-parallel ranks.
 
-    ``method``: the class, or its record; one that loads ``weight`` [out, in], as a checkpoint of plain weights has it.
+    ``method``: the class, or its record. For one that reads quantized checkpoints, ``config`` is their config.json, and
+    ``pack`` makes of a weight [out, in] what such a checkpoint has of it, by name, and what these stand for.
     ``tolerance``: the largest error over the largest magnitude of the right answer.
     """
-    check = _Check(resolve(method), tolerance, device, getattr(torch, dtype))
+    info = ModelInfo(path="", architecture="", config=dict(config or {}))
+    target = resolve(method)
+    check = _Check(lambda: target(info), pack, tolerance, device, getattr(torch, dtype))
     for bias in (False, True):
         check.whole(bias)
         check.shards(bias)
 
 
 class _Check:
-    def __init__(self, method: Any, tolerance: float, device: str, dtype: torch.dtype) -> None:
+    def __init__(self, method: Any, pack: Pack, tolerance: float, device: str, dtype: torch.dtype) -> None:
         self.method = method
+        self.pack = pack
         self.tolerance = tolerance
         self.device = device
         self.dtype = dtype
@@ -76,30 +96,25 @@ class _Check:
     def whole(self, bias: bool) -> None:
         model = _Model(self.make(), bias)
         sizes = {"plain": PARTS[0], "rows": PARTS[0], **dict(zip("abc", PARTS, strict=True)), "embed": VOCABULARY}
-        tensors = {f"{name}.weight": self.normal(i, out, INPUTS) for i, (name, out) in enumerate(sizes.items())}
+        packed = {name: self.pack(self.normal(i, out, INPUTS)) for i, (name, out) in enumerate(sizes.items())}
+        packed["embed"] = _plain(self.normal(4, VOCABULARY, INPUTS))
+        tensors = {f"{name}.{kind}": tensor for name, (held, _) in packed.items() for kind, tensor in held.items()}
         if bias:
             biases = {f"{name}.bias": self.normal(9 + i, out) for i, (name, out) in enumerate(sizes.items())}
             tensors |= {name: tensor for name, tensor in biases.items() if name != "embed.bias"}
         try:
             load_weights(model, _Source({name: tensor.clone() for name, tensor in tensors.items()}))
-        except UserError as error:
-            raise broken(
-                "create registers the weight that is to be loaded, [layer.outputs, layer.inputs]", f"{error}"
-            ) from error
-
-        def joined(kind: str, *names: str) -> Tensor | None:
-            found = [tensors[f"{name}.{kind}"] for name in names if f"{name}.{kind}" in tensors]
-            return torch.cat(found) if found else None
-
+        except (UserError, Wrong) as error:
+            raise broken("create holds what is to be loaded, with layer.hold", f"{error}") from error
         for layer, names in ((model.plain, ["plain"]), (model.packed, [*"abc"]), (model.rows, ["rows"])):
             what = f"a layer of {len(names)} part{'s' if len(names) > 1 else ''}, {'with' if bias else 'without'} bias"
-            self.compare(layer, joined("weight", *names), joined("bias", *names), what)
+            weight = torch.cat([packed[name][1] for name in names])
+            self.compare(layer, weight, torch.cat([tensors[f"{name}.bias"] for name in names]) if bias else None, what)
         self.compare(model.head, tensors["embed.weight"], None, "a head tied to the embedding")
         if not torch.equal(model.embed(torch.arange(VOCABULARY, device=self.device)), tensors["embed.weight"]):
             raise broken("a head tied to an embedding leaves it its weight", "the embedding has changed after finish")
 
-    def compare(self, layer: Linear, weight: Tensor | None, bias: Tensor | None, what: str) -> None:
-        assert weight is not None
+    def compare(self, layer: Linear, weight: Tensor, bias: Tensor | None, what: str) -> None:
         for seed, shape in enumerate(SHAPES):
             x = self.normal(20 + seed, *shape)
             self.same(layer(x), F.linear(x.double(), weight.double(), None if bias is None else bias.double()), x, what)
@@ -129,7 +144,8 @@ class _Check:
     @torch.inference_mode()
     def shards(self, bias: bool, ranks: int = 2) -> None:
         """What each rank holds, put together without a network."""
-        weights = [self.normal(40 + i, out, INPUTS) for i, out in enumerate(PARTS)]
+        held = [self.pack(self.normal(40 + i, out, INPUTS)) for i, out in enumerate(PARTS)]
+        weights = [weight for _, weight in held]
         biases = [self.normal(50 + i, out) for i, out in enumerate(PARTS)]
         x = self.normal(60, 5, INPUTS)
         rows, columns = [], []
@@ -138,9 +154,12 @@ class _Check:
             packed = self.make(shard).linear(INPUTS, PARTS, bias=bias, split="columns")
             summed = self.make(shard).linear(INPUTS, PARTS[0], bias=bias, split="rows")
             try:
-                for layer, parts in ((packed, 3), (summed, 1)):
+                for layer, names in ((packed, ("a", "b", "c")), (summed, ("rows",))):
+                    layer.create(names)
+                    parts = len(names)
                     for part in range(parts):
-                        layer.load("weight", weights[part], part if parts > 1 else None)
+                        for name, tensor in held[part][0].items():
+                            layer.load(name, tensor, part if parts > 1 else None)
                         if bias:
                             layer.load("bias", biases[part], part if parts > 1 else None)
                     layer.finish()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from lightllm.nn.layers import Linear
-from torch import Tensor, nn
+from lightllm import ModelInfo
+from lightllm.nn.layers import Inputs, Linear, Outputs
+from torch import Tensor
 from torch.nn import functional as F
 
 
@@ -16,10 +17,12 @@ class ExamplePluginLinear:
     scale: Tensor
     """[out], of the model's dtype"""
 
+    def __init__(self, info: ModelInfo) -> None:
+        """``info.config`` is config.json, where a checkpoint says how it is quantized: this one is for plain ones."""
+
     def create(self, layer: Linear) -> None:
         """What the checkpoint's tensors are copied into, be it in several parts."""
-        weight = torch.empty(layer.outputs, layer.inputs, dtype=layer.dtype, device=layer.device)
-        layer.weight = nn.Parameter(weight, requires_grad=False)
+        layer.hold("weight", Outputs(), Inputs())
 
     def finish(self, layer: Linear) -> None:
         loaded = layer.get_parameter("weight").float()
