@@ -244,8 +244,11 @@ def _build_worker(
     rows = Rows(config.max_running_requests, max_model_len, slots, device)
     masks = Masks(grammars, vocab_size, device)
     runner = Runner(ready, model, attention, sampler, processors, masks, rows, device, names)
-    if config.cuda_graphs and device.type == "cuda" and attention.capturable:
-        summary.append(_capture(runner, config, lambda n, of: report(Loading(stage="capturing", done=n, total=of))))
+    if device.type == "cuda":
+        report(Loading(stage="compiling kernels"))
+        runner.warm()
+        if config.cuda_graphs and attention.capturable:
+            summary.append(_capture(runner, config, lambda n, of: report(Loading(stage="capturing", done=n, total=of))))
     return runner
 
 

@@ -19,7 +19,7 @@ from lightllm.checks import Wrong, culprit, describe
 from lightllm.engine.graphs import Capture, Graphs
 from lightllm.engine.inputs import Inputs, Numbers, Rows
 from lightllm.engine.masks import Held, Masks
-from lightllm.engine.request import Logprobs, Ready
+from lightllm.engine.request import Generate, Logprobs, Ready, SamplingParams
 from lightllm.engine.scheduler import Plan, Result, Seq
 from lightllm.interfaces import AttentionBackend, LogitsProcessor, Sampler
 from lightllm.nn.transfer import Fetch, send
@@ -65,6 +65,15 @@ class Runner:
             logits.copy_(self.model.logits(self._hidden(inputs, Numbers(flat, inputs))))
 
         self.graphs = Graphs(step, sizes, self.ready.vocab_size, self.rows, self.device, capture, progress)
+
+    @torch.inference_mode()
+    def warm(self) -> None:
+        """Compute a step that is nobody's, so that no request waits for kernels to be compiled."""
+        spare, slot = self.rows.spare, self.rows.spare_slot
+        two = Inputs([0, 0], [0, 1], [slot] * 2, [spare] * 2, [spare], [2], [1], [spare], [2])
+        hidden = self._hidden(two, Numbers(two.send(self.device), two))
+        params = SamplingParams(top_k=1, top_p=0.5)
+        self.sampler.sample(self._logits(hidden[1:]), [Seq(Generate(id="", prompt=[0], params=params), 0, 0, (), None)])
 
     def start(self, plan: Plan) -> Callable[[], list[Result]]:
         """Begin one forward pass over the plan; what is given back waits for its results. Both raise `Wrong`, with the
