@@ -2,6 +2,7 @@
 
     python benchmarks/gpu/run.py                          # Llama-3-8B's shape on a CUDA device, about 8 minutes
     python benchmarks/gpu/run.py --shape qwen2.5-7b
+    python benchmarks/gpu/run.py --quantization fp8 --no-peers
     python benchmarks/gpu/run.py --shape tiny --device cpu  # whether this script works; its figures mean nothing
 
 Weights are random. First the device is measured: how fast it copies, how fast it multiplies. Those are the floors:
@@ -263,6 +264,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=checkpoints.SHAPES, default="llama-3-8b")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument(
+        "--quantization", choices=("auto", "fp8"), default="auto", help="fp8: floors are of one byte a weight"
+    )
     parser.add_argument("--no-peers", action="store_true")
     given = parser.parse_args()
     tiny, device, write = given.shape == "tiny", given.device, sys.stdout.write
@@ -303,12 +307,14 @@ def main() -> None:
         vocabulary = config["vocab_size"]
         longest = max(prefill, *(context for _, context in decodes)) + 128
         largest = max(longest, *(count * (context + 64) for count, context in decodes))
-        settings = {"max_batch_tokens": prefill, "max_total_tokens": largest, "max_model_len": longest}
+        settings: dict[str, Any] = {"max_batch_tokens": prefill, "max_total_tokens": largest, "max_model_len": longest}
+        settings["quantization"] = given.quantization
         write("| case | time ms | floor ms | of the floor |\n| --- | --- | --- | --- |\n")
         with engine(folder, device, dtype=dtype, **settings) as one:
             sizes = dict(checkpoints.tensors(checkpoints.COMMON | config, config["num_hidden_layers"]))
             weights = sum(math.prod(size) for name, size in sizes.items() if "embed_tokens" not in name)
             head = config["hidden_size"] * vocabulary
+            weight_bytes = (weights - head) * (1 if given.quantization == "fp8" else bytes_each) + head * bytes_each
             token = 2 * spec.kv_heads * head_dim * config["num_hidden_layers"] * bytes_each
 
             def row(case: str, taken: float, floor: float) -> None:
@@ -317,13 +323,22 @@ def main() -> None:
 
             for count, context in decodes:
                 taken = decode_seconds(one, count, context, vocabulary, device)
-                row(f"decode, {count} x {context}", taken, (weights * bytes_each + count * context * token) / copies)
+                row(f"decode, {count} x {context}", taken, (weight_bytes + count * context * token) / copies)
             # q k^T and p v, the causal half
             attention = 2 * prefill**2 * spec.heads * head_dim * config["num_hidden_layers"]
             operations = 2 * prefill * (weights - head) + 2 * head + attention
             row(f"prefill, {prefill}", prefill_seconds(one, prefill, vocabulary), operations / products)
             own = engine_rate(one, concurrency, tokens, output, vocabulary)
-        options = ["--dtype", dtype, "--max-model-len", str(longest), "--max-total-tokens", str(largest)]
+        options = [
+            "--quantization",
+            given.quantization,
+            "--dtype",
+            dtype,
+            "--max-model-len",
+            str(longest),
+            "--max-total-tokens",
+            str(largest),
+        ]
         served = http_rate(folder, device, concurrency, tokens, output, vocabulary, options)
         write(f"\n{concurrency} requests of {tokens} tokens in, {output} out, output tok/s:\n")
         write(f"- engine {own:,.0f}\n- over HTTP {served:,.0f}, {served / own:.0%} of the engine's\n")

@@ -19,15 +19,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from attention_steps import Step, attention, bound, check, steps
+from attention_steps import Step, attention, bound, check, poisoned_memory, steps
 from checkpoints import write_checkpoint
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lightllm import AttentionJob, AttentionSpec
 from lightllm.assemble import build_engine
 from lightllm.config import Config
 from lightllm.engine.request import Generate, SamplingParams
 from lightllm.nn.batch import Batch, KVPool
+from lightllm.nn.operators import TorchOperators
 from lightllm.plugins import Plugins
 from lightllm.testing import check_attention_backend
 from lightllm_builtin.triton_attention import supports
@@ -61,6 +63,43 @@ def test_decodes_and_prefills_are_attention(dtype: str, cases: int) -> None:
 def test_any_step_in_small_tiles_and_parts(step: Step) -> None:
     with small_tiles():
         check(backend.TritonAttention, step)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_queries_and_keys_are_rotated_where_they_are_written(data: st.DataObject) -> None:
+    """Off by the rounding of two products and a sum, each in float32, and of the result."""
+    kv_heads, head_dim = data.draw(st.integers(1, 3)), 2 * data.draw(st.integers(1, 65))
+    heads = kv_heads * data.draw(st.integers(1, 8))
+    rotated = 2 * data.draw(st.integers(1, head_dim // 2))
+    dtype = data.draw(st.sampled_from((torch.float32, torch.bfloat16, torch.float16)))
+    torch.manual_seed(data.draw(st.integers(0, 999)))
+    tokens, slots, both = data.draw(st.integers(1, 9)), 12, heads + kv_heads
+    spec = AttentionSpec(layer=0, heads=heads, kv_heads=kv_heads, head_dim=head_dim, scale=1.0)
+    job = AttentionJob(layers=(spec,), device="cpu", dtype=str(dtype).removeprefix("torch."), max_model_len=slots)
+    pool = KVPool(job.layers, slots, dtype, "cpu")
+    qkv = torch.randn(tokens, both + kv_heads + 1, head_dim).to(dtype)[:, 1:]
+    angles = 6 * torch.rand(tokens, 1, rotated // 2)
+    cos, sin = angles.cos(), angles.sin()
+    turn = torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+    order = torch.randperm(slots)[: tokens + 2]
+    target = backend.TritonAttention(job, pool)
+    found: list[torch.Tensor] = []
+    target._attend = lambda layer, q, batch: found.append(q) or q
+    for held in (pool.k[0], pool.v[0]):
+        held.fill_(float("nan"))
+    batch = Batch.of([order], [tokens], target)
+    with poisoned_memory():
+        target.attend_packed(spec, qkv, turn, batch)
+    exact = TorchOperators().rotate(qkv[:, :both].double(), (turn[0].double(), turn[1].double()))
+    keys, values = pool.k[0][batch.slots], pool.v[0][batch.slots]
+    size = qkv.abs().max().item()
+    bound = 2 * size * torch.finfo(dtype).eps + 4 * size * torch.finfo(torch.float32).eps
+    assert (torch.cat((found[0], keys), 1).double() - exact).abs().max() <= bound
+    assert torch.equal(values, qkv[:, both:])
+    others = torch.ones(slots + 1, dtype=torch.bool)
+    others[batch.slots] = False
+    assert pool.k[0][others].isnan().all() and pool.v[0][others].isnan().all()
 
 
 @pytest.mark.parametrize("window", [None, 1, 16, 17, 100])
