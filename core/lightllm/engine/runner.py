@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -79,11 +79,13 @@ class Runner:
         """Begin one forward pass over the plan; what is given back waits for its results. Both raise `Wrong`, with the
         plugin's name, for what a plugin raises; the plan can then be tried again."""
         with self._blaming():
-            finish = self._start(plan)
+            step = self._start(plan)
 
         def results() -> list[Result]:
             with self._blaming():
-                return finish()
+                found = step.arrived()
+                self.masks.follow(step.held)  # last: a matcher does not go back, and until here a step can be redone
+                return found
 
         return results
 
@@ -98,61 +100,33 @@ class Runner:
             raise Wrong(f"{name} failed: {describe(error)}") from error
 
     @torch.inference_mode()
-    def _start(self, plan: Plan) -> Callable[[], list[Result]]:
+    def _start(self, plan: Plan) -> Underway:
         results = [Result() for _ in plan.items]
-        sampled = [i for i, item in enumerate(plan.items) if item.samples]
-        seqs = [plan.items[i].seq for i in sampled]
-        held = [
-            Held(row, seq, seq.matcher, results[i])
-            for row, (i, seq) in enumerate(zip(sampled, seqs, strict=True))
-            if seq.matcher is not None
-        ]
+        sampled = [(result, item.seq) for result, item in zip(results, plan.items, strict=True) if item.samples]
+        held = [Held(i, seq, seq.matcher, result) for i, (result, seq) in enumerate(sampled) if seq.matcher is not None]
         masks = self.masks.start(held) if held else None
-
-        fetch = Fetch(self.device)
-        chosen: Tensor | None = None
-        entries: list[tuple[Result, Entries]] = []
-        prompts = []
+        step = Underway(results, held, Fetch(self.device))
         inputs = Inputs.of(plan.items)
         self.rows.prepare(plan.items)
-        logits = self.graphs.run(inputs) if self.graphs and inputs.decodes else None
         numbers = Numbers(inputs.send(self.device), inputs)
+        logits = self.graphs.run(inputs) if self.graphs and inputs.decodes else None
         if logits is None:
             hidden = self._hidden(inputs, numbers)
-            start = 0
-            for item, result in zip(plan.items, results, strict=True):
-                if item.prompt_logprobs:
-                    part = hidden[start : start + item.count]
-                    prompts.append((result, self._prompt_logprobs(part, item.seq, item.start, fetch)))
-                start += item.count
+            self._prompt_logprobs(hidden, plan, step)
             if sampled:
                 logits = self._logits(hidden if inputs.decodes else hidden[numbers.ends])
         if logits is not None:
+            seqs = [seq for _, seq in sampled]
             logprobs = self._logprobs(logits, seqs)
-            self._process(logits, seqs, [results[i] for i in sampled])
+            self._process(logits, seqs, [result for result, _ in sampled])
             if masks is not None:
                 self.masks.apply(masks, logits, held)
             tokens = self.sampler.sample(logits, seqs)
             self.rows.last[numbers.sampled] = tokens
-            chosen = fetch.take(tokens)
-            entries = [
-                (results[sampled[row]], Entries.of(values, tokens[row : row + 1], top, fetch))
-                for row, (values, top) in logprobs.items()
-            ]
-
-        def finish() -> list[Result]:
-            fetch.wait()
-            if chosen is not None:
-                for i, token in zip(sampled, chosen.tolist(), strict=True):
-                    results[i].token = token
-            for result, entry in entries:
-                result.logprobs = entry.read()[0]
-            for result, parts in prompts:
-                result.prompt_logprobs = [entry for part in parts for entry in part.read()]
-            self.masks.follow(held)  # last: a matcher does not go back, and until here a step can be done again
-            return results
-
-        return finish
+            step.sampled = [result for result, _ in sampled], step.fetch.take(tokens)
+            for i, (values, top) in logprobs.items():
+                step.logprobs.append((sampled[i][0], Entries.of(values, tokens[i : i + 1], top, step.fetch)))
+        return step
 
     def _hidden(self, inputs: Inputs, numbers: Numbers) -> Tensor:
         tokens, batch = self.rows.batch(inputs, numbers, self.attention)
@@ -168,16 +142,18 @@ class Runner:
         wanted = [(i, row.params.logprobs) for i, row in enumerate(rows) if row.params.logprobs is not None]
         return {i: (logits[i : i + 1].log_softmax(-1), top) for i, top in wanted}
 
-    def _prompt_logprobs(self, hidden: Tensor, seq: Seq, start: int, fetch: Fetch) -> list[Entries]:
-        """Of the prompt tokens that follow positions ``start``, ``start + 1``, ... whose hidden states are given."""
-        targets = seq.prompt[start + 1 : start + 1 + len(hidden)]
-        entries = []
-        for i in range(0, len(targets), LOGIT_ROWS):
-            part = targets[i : i + LOGIT_ROWS]
-            values = self._logits(hidden[i : i + len(part)]).log_softmax(-1)
-            tokens = send(part, torch.int64, self.device)
-            entries.append(Entries.of(values, tokens, seq.params.prompt_logprobs or 0, fetch))
-        return entries
+    def _prompt_logprobs(self, hidden: Tensor, plan: Plan, step: Underway) -> None:
+        """Of the prompt tokens that follow those computed, where they are due."""
+        end = 0
+        for item, result in zip(plan.items, step.results, strict=True):
+            start, end = end, end + item.count
+            targets = item.seq.prompt[item.start + 1 : item.start + 1 + item.count] if item.prompt_logprobs else []
+            for i in range(0, len(targets), LOGIT_ROWS):
+                part = targets[i : i + LOGIT_ROWS]
+                values = self._logits(hidden[start + i : start + i + len(part)]).log_softmax(-1)
+                tokens = send(part, torch.int64, self.device)
+                entries = Entries.of(values, tokens, item.seq.params.prompt_logprobs or 0, step.fetch)
+                step.prompt_logprobs.append((result, entries))
 
     def _process(self, logits: Tensor, rows: Sequence[Seq], results: Sequence[Result]) -> None:
         """Let each logits processor change the rows that set one of its fields."""
@@ -202,6 +178,30 @@ class Runner:
         part = logits[indices]
         processor.apply(part, [rows[i] for i in indices])
         logits[indices] = part
+
+
+@dataclass
+class Underway:
+    """A step that has begun: its results, and what is on its way for them. ``sampled``: those that get a token, and the
+    tokens."""
+
+    results: list[Result]
+    held: Sequence[Held]
+    fetch: Fetch
+    sampled: tuple[list[Result], Tensor] | None = None
+    logprobs: list[tuple[Result, Entries]] = field(default_factory=list)
+    prompt_logprobs: list[tuple[Result, Entries]] = field(default_factory=list)
+
+    def arrived(self) -> list[Result]:
+        self.fetch.wait()
+        if self.sampled is not None:
+            for result, token in zip(self.sampled[0], self.sampled[1].tolist(), strict=True):
+                result.token = token
+        for result, entries in self.logprobs:
+            (result.logprobs,) = entries.read()
+        for result, entries in self.prompt_logprobs:
+            result.prompt_logprobs = [*(result.prompt_logprobs or ()), *entries.read()]
+        return self.results
 
 
 @dataclass(frozen=True)
