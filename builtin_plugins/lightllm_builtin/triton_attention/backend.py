@@ -137,7 +137,8 @@ class TritonAttention:
             q.stride(0), q.stride(1), table.stride(0), layer.scale, layer.window or EVERYTHING,
             HEADS=layer.heads, KV_HEADS=layer.kv_heads, D=layer.head_dim,
             BD=padded(layer.head_dim), BM=self.tiles.queries, BN=self.tiles.keys,
-            SOFTCAP=layer.softcap or 0.0, num_warps=self.tiles.warps, num_stages=self.tiles.stages,
+            SOFTCAP=layer.softcap or 0.0, WINDOWED=layer.window is not None,
+            num_warps=self.tiles.warps, num_stages=self.tiles.stages,
         )  # fmt: skip
 
     @staticmethod

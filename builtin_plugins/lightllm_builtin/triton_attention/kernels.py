@@ -89,13 +89,13 @@ def _part(length, window, BN: tl.constexpr, PARTS: tl.constexpr, LEAST: tl.const
 
 
 @triton.jit
-def _scores(q, keys, seen, scale, SOFTCAP: tl.constexpr):
-    """q [rows, BD] by keys [BN, BD] -> scaled, capped, masked scores [rows, BN] in units of log2(e)."""
-    scores = _product(q, tl.trans(keys)) * scale
+def _scores(q, keys, scale, SOFTCAP: tl.constexpr):
+    """q [rows, BD] by keys [BN, BD] -> scaled, capped scores [rows, BN] in units of log2(e)."""
+    scores = _product(q, tl.trans(keys))
     if SOFTCAP > 0.0:  # a bool: compiled, unlike interpreted, `if` takes no float
         # tanh, which Triton has for some devices only
-        scores = SOFTCAP * (2 * tl.sigmoid(2 * scores / SOFTCAP) - 1)
-    return tl.where(seen, scores * LOG2E, float("-inf"))
+        return (SOFTCAP * LOG2E) * (2 * tl.sigmoid(scores * (2 * scale / SOFTCAP)) - 1)
+    return scores * (scale * LOG2E)
 
 
 @triton.jit
@@ -171,7 +171,7 @@ def decode(
         mask = there[:, None] & (d[None, :] < D)
         keys = tl.load(pool_k + place, mask=mask, other=0.0)
         values = tl.load(pool_v + place, mask=mask, other=0.0)
-        scores = _scores(query, keys, there[None, :], scale, SOFTCAP)
+        scores = tl.where(there[None, :], _scores(query, keys, scale, SOFTCAP), float("-inf"))
         top, total, sums = _take_in(scores, values, top, total, sums)
 
     total = tl.where(total == 0.0, 1.0, total)  # there may be nothing to do
@@ -216,6 +216,47 @@ def combine(
 
 
 @triton.jit
+def _walk(
+    query,
+    pool_k,
+    pool_v,
+    slots,
+    begin,
+    end,
+    kv_head,
+    position,
+    window,
+    scale,
+    top,
+    total,
+    sums,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Take in the keys from ``begin`` to ``end``. Not ``MASKED``: whole blocks of keys that all queries see."""
+    m, d = tl.arange(0, BM), tl.arange(0, BD)
+    for at in range(begin, end, BN):
+        n = at + tl.arange(0, BN)
+        there = n < end if MASKED else n >= 0
+        slot = tl.load(slots + n, mask=there, other=0).to(tl.int64)
+        place = (slot[:, None] * KV_HEADS + kv_head) * D + d[None, :]
+        mask = there[:, None] & (d[None, :] < D)
+        keys = tl.load(pool_k + place, mask=mask, other=0.0)
+        values = tl.load(pool_v + place, mask=mask, other=0.0)
+        scores = _scores(query, keys, scale, SOFTCAP)
+        if MASKED:
+            behind = (position + m)[:, None] - n[None, :]
+            scores = tl.where((behind >= 0) & (behind < window) & there[None, :], scores, float("-inf"))
+        top, total, sums = _take_in(scores, values, top, total, sums)
+    return top, total, sums
+
+
+@triton.jit
 def prefill(
     q,
     pool_k,
@@ -235,14 +276,17 @@ def prefill(
     BM: tl.constexpr,
     BN: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    WINDOWED: tl.constexpr,
 ):
     """Several new tokens a sequence, after any number that are in the pool: FlashAttention-2 (Dao, 2023).
 
     A program is given a query head and ``BM`` queries of one sequence. ``blocks`` [blocks, 4]: the first query's row in
     q, how many there are, the first one's position, and the sequence's row in the table. All keys, the new ones too,
-    are read from the pool. A query sees the keys up to its own position, the last ``window`` of them.
+    are read from the pool. A query sees the keys up to its own position, the last ``window`` of them: in the middle
+    all queries see all keys, at the ends of the walk there is something to mask.
     """
-    block, head = tl.program_id(0), tl.program_id(1)
+    # the last queries of a sequence have the most keys: they begin first, so that all end at about the same time
+    block, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     kv_head = head // (HEADS // KV_HEADS)
     row = tl.load(blocks + block * 4).to(tl.int64)
     count = tl.load(blocks + block * 4 + 1)
@@ -255,19 +299,22 @@ def prefill(
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     sums = tl.zeros([BM, BD], tl.float32)
-    first = tl.maximum(position - window + 1, 0) // BN * BN  # what the first query's window does not reach is skipped
-    end = position + count
-    for at in range(first, end, BN):
-        n = at + tl.arange(0, BN)
-        there = n < end
-        slot = tl.load(slots + n, mask=there, other=0).to(tl.int64)
-        place = (slot[:, None] * KV_HEADS + kv_head) * D + d[None, :]
-        mask = there[:, None] & (d[None, :] < D)
-        keys = tl.load(pool_k + place, mask=mask, other=0.0)
-        values = tl.load(pool_v + place, mask=mask, other=0.0)
-        behind = (position + m)[:, None] - n[None, :]
-        scores = _scores(query, keys, (behind >= 0) & (behind < window) & there[None, :], scale, SOFTCAP)
-        top, total, sums = _take_in(scores, values, top, total, sums)
-
+    begin, end = 0, position + count
+    middle_end = (position + 1) // BN * BN
+    if WINDOWED:
+        first = tl.maximum(position - window + 1, 0) // BN * BN  # what no query's window reaches is skipped
+        begin = tl.minimum(tl.cdiv(tl.maximum(end - window, 0), BN) * BN, middle_end)
+        top, total, sums = _walk(
+            query, pool_k, pool_v, slots, first, begin, kv_head, position, window, scale, top, total, sums,
+            KV_HEADS, D, BD, BM, BN, SOFTCAP, MASKED=True,
+        )  # fmt: skip
+    top, total, sums = _walk(
+        query, pool_k, pool_v, slots, begin, middle_end, kv_head, position, window, scale, top, total, sums,
+        KV_HEADS, D, BD, BM, BN, SOFTCAP, MASKED=False,
+    )  # fmt: skip
+    top, total, sums = _walk(
+        query, pool_k, pool_v, slots, middle_end, end, kv_head, position, window, scale, top, total, sums,
+        KV_HEADS, D, BD, BM, BN, SOFTCAP, MASKED=True,
+    )  # fmt: skip
     result = sums / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(out + ((row + m[:, None]) * HEADS + head) * D + d[None, :], result.to(out.dtype.element_ty), mask=ours)
