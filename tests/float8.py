@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,6 +31,29 @@ def product(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     (a, a_scales), (b, b_scales) = quantized(x.float()), quantized(weight.float())
     a, b = a * a_scales, b * b_scales
     return a @ b.T, a.abs() @ b.abs().T
+
+
+class Rounding(torch.nn.Module):
+    """A linear layer of transformers with its inputs rounded, and its weight if ``weights``."""
+
+    def __init__(self, linear: torch.nn.Linear, weights: bool) -> None:
+        super().__init__()
+        self.linear = linear
+        weight = linear.weight.detach()
+        held, scales = quantized(weight.float()) if weights else (weight.double(), 1.0)
+        self.weight = held * scales
+
+    def forward(self, x: Tensor) -> Tensor:
+        held, scales = quantized(x.float())
+        y = (held * scales @ self.weight.T).float()
+        return y if self.linear.bias is None else y + self.linear.bias
+
+
+def round_layers(model: Any, weights: bool, skip: str = "") -> None:
+    """Of a model of transformers, but for its head and those whose names end as the regular expression says."""
+    for name, module in list(model.named_modules()):
+        if ".layers." in name and isinstance(module, torch.nn.Linear) and not (skip and re.search(f"{skip}$", name)):
+            model.set_submodule(name, Rounding(module, weights))
 
 
 def close(found: Tensor, exact: Tensor, terms: Tensor, factors: torch.dtype, result: torch.dtype) -> None:

@@ -142,7 +142,7 @@ def test_all_faults_are_told_at_once() -> None:
     assert "lacks 1 tensor (layers.1.up.weight)" in text
     assert "1 tensor (lm_head.weight) that the model does not know" in text
     assert "twice 1 tensor (layers.0.norm.bias)" in text
-    assert "wrong shape in 2 tensors" in text
+    assert "what does not fit in 2 tensors" in text
     assert "scale has shape [4], the model expects [3]" in text
 
 
