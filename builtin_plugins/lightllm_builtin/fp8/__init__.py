@@ -19,6 +19,6 @@ def lightllm_linear_methods() -> Sequence[LinearMethodRecord]:
             name="fp8",
             target="lightllm_builtin.fp8.method:Fp8",
             matches=matches,
-            summary="weights and activations in float8 (e4m3), for CUDA devices of capability 8.9 or newer",
+            summary="float8 (e4m3) weights and activations; a plain checkpoint is rounded",
         )
     ]

@@ -89,10 +89,11 @@ class Fp8:
 
     def summary(self, layer: Linear) -> str:
         if self.dense:
-            if self.scheme or not (self.schemes or layer.head):
-                how = "dequantized, " if self.scheme else ""
-                return f"plain ({how}sizes that are no multiples of {MULTIPLE})"
-            return "plain (the head)" if layer.head else "plain"
+            if self.scheme:
+                return f"plain (dequantized, sizes that are no multiples of {MULTIPLE})"
+            if layer.head:
+                return "plain (the head)"
+            return "plain" if self.schemes else f"plain (sizes that are no multiples of {MULTIPLE})"
         again = " rounded again from blocks" if self.again else ""
         if multiplies_float8(layer.device):
             return f"float8{again}"
