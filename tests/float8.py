@@ -1,6 +1,9 @@
-"""float8 arithmetic written out in float64, and what it may differ by from what is computed."""
+"""float8 arithmetic written out in float64, checkpoints by it, and what it may differ by from what is computed."""
 
 from __future__ import annotations
+
+import re
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +31,58 @@ def product(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     (a, a_scales), (b, b_scales) = quantized(x.float()), quantized(weight.float())
     a, b = a * a_scales, b * b_scales
     return a @ b.T, a.abs() @ b.abs().T
+
+
+def largest(weight: Tensor, block: tuple[int, int]) -> Tensor:
+    """The largest magnitude of each block [ceil(out / block), ceil(in / block)], float64."""
+    return torch.stack(
+        [torch.stack([b.abs().amax() for b in row.split(block[1], 1)]) for row in weight.double().split(block[0])]
+    )
+
+
+def spread(scales: Tensor, block: tuple[int, int], shape: torch.Size) -> Tensor:
+    """A scale for every number of a weight of this shape."""
+    return scales.kron(torch.ones(block, dtype=scales.dtype, device=scales.device))[: shape[0], : shape[1]]
+
+
+def packed(
+    weight: Tensor,
+    block: tuple[int, int] | None = None,
+    scale: str = "weight_scale",
+    inputs: str = "",
+    shape: tuple[int, ...] = (),
+) -> tuple[dict[str, Tensor], Tensor]:
+    """What a checkpoint has of a weight, and what it stands for. ``block``: outputs and inputs that share a scale;
+    ``scale``: its name, ``shape``: its shape where it is one for all. ``inputs``: the name of a static scale."""
+    size = block or (weight.shape[0], weight.shape[1])
+    scales = (largest(weight, size) / 448).float()
+    steps = spread(scales.double(), size, weight.shape)
+    values = rounded(weight.double() / steps)
+    held = {"weight": values.to(FLOAT8), scale: scales if block else scales.view(shape)}
+    return held | ({inputs: torch.full(shape, 0.02)} if inputs else {}), values * steps
+
+
+class Rounding(torch.nn.Module):
+    """A linear layer of transformers with its inputs rounded, and its weight if ``weights``."""
+
+    def __init__(self, linear: torch.nn.Linear, weights: bool) -> None:
+        super().__init__()
+        self.linear = linear
+        weight = linear.weight.detach()
+        held, scales = quantized(weight.float()) if weights else (weight.double(), 1.0)
+        self.weight = held * scales
+
+    def forward(self, x: Tensor) -> Tensor:
+        held, scales = quantized(x.float())
+        y = (held * scales @ self.weight.T).float()
+        return y if self.linear.bias is None else y + self.linear.bias
+
+
+def round_layers(model: Any, weights: bool, skip: str = "") -> None:
+    """Of a model of transformers, but for its head and those whose names end as the regular expression says."""
+    for name, module in list(model.named_modules()):
+        if ".layers." in name and isinstance(module, torch.nn.Linear) and not (skip and re.search(f"{skip}$", name)):
+            model.set_submodule(name, Rounding(module, weights))
 
 
 def close(found: Tensor, exact: Tensor, terms: Tensor, factors: torch.dtype, result: torch.dtype) -> None:

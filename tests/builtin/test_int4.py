@@ -24,7 +24,8 @@ from lightllm.plugins import Plugins
 from lightllm.testing import check_linear_method, check_model
 from lightllm_builtin.int4 import matches
 from lightllm_builtin.int4.method import Int4
-from lightllm_builtin.int4.settings import read
+from lightllm_builtin.int4.settings import READERS
+from lightllm_builtin.quantization_config import read
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}
@@ -203,14 +204,14 @@ def test_layers_that_the_checkpoint_leaves_plain(case: str, tmp_path: Path) -> N
 
 def test_a_head_may_be_tied_or_quantized(tmp_path: Path) -> None:
     check_logprobs(tmp_path, write(tmp_path, "gptq", tie_word_embeddings=True))
-    scheme = read(info(GPTQ | {"lm_head": True}))[1]
+    scheme = read(info(GPTQ | {"lm_head": True}), READERS)[1]
     assert scheme("lm_head", True) == scheme("model.layers.0.mlp.up_proj", False) is not None
-    assert read(info(GPTQ))[1]("lm_head", True) is None
+    assert read(info(GPTQ), READERS)[1]("lm_head", True) is None
 
 
 def test_layers_of_their_own_bits(tmp_path: Path) -> None:
     """GPTQModel's dynamic, and groups of compressed-tensors: by name before by pattern before by class."""
-    scheme = read(info(GPTQ | {"dynamic": {r"+:.*down": {"bits": 8, "group_size": 64}}}))[1]
+    scheme = read(info(GPTQ | {"dynamic": {r"+:.*down": {"bits": 8, "group_size": 64}}}), READERS)[1]
     down = scheme("model.layers.0.mlp.down_proj", False)
     assert (down.bits, down.group) == (8, 64)
     assert scheme("model.layers.0.mlp.up_proj", False).bits == 4
@@ -220,7 +221,7 @@ def test_layers_of_their_own_bits(tmp_path: Path) -> None:
         "a": {**every, "targets": ["re:.*mlp.*"], "weights": every["weights"] | {"group_size": 64}},
         "b": {**every, "targets": ["model.mlp.down"], "weights": every["weights"] | {"group_size": 128}},
     }
-    scheme = read(info(config))[1]
+    scheme = read(info(config), READERS)[1]
     assert [scheme(name, False).group for name in ("model.q", "model.mlp.up", "model.mlp.down")] == [32, 64, 128]
 
 

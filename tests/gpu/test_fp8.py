@@ -34,6 +34,20 @@ def test_layers_multiply(dtype: str) -> None:
     check_linear_method(Fp8, device="cuda", dtype=dtype, tolerance=1.5 / 27)
 
 
+@pytest.mark.parametrize("block", [None, (16, 32)])
+def test_layers_of_a_checkpoint_multiply(block: tuple[int, int] | None) -> None:
+    """tests/builtin/test_fp8_checkpoints.py derives the bounds."""
+    settings = {"weight_block_size": list(block)} if block else {}
+    check_linear_method(
+        Fp8,
+        config={"quantization_config": {"quant_method": "fp8", **settings}},
+        pack=lambda weight: float8.packed(weight, block, "weight_scale_inv"),
+        device="cuda",
+        dtype="bfloat16",
+        tolerance=1.5 / (27 if block else 38),
+    )
+
+
 # few examples: the kernel is compiled for each size
 @pytest.mark.usefixtures("native")
 @settings(max_examples=30, deadline=None, derandomize=True)

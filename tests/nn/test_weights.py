@@ -112,6 +112,15 @@ def test_tensors_are_converted_to_the_parameters_dtype(stored: torch.dtype) -> N
     assert torch.equal(model.scale, tensors["scale"].float())
 
 
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8])
+def test_numbers_that_stand_for_others_are_not_converted(stored: torch.dtype) -> None:
+    tensors = complete()
+    tensors["scale"] = tensors["scale"].to(stored)
+    what = rf"does not fit in 1 tensor \(scale holds {str(stored)[6:]}, the model expects float32\)$"
+    with pytest.raises(UserError, match=what):
+        load_weights(Tiny(), Source(*tensors.items()))
+
+
 def test_progress_counts_bytes_up_to_the_total() -> None:
     source, seen = Source(*complete().items()), []
     load_weights(Tiny(), source, lambda done, total: seen.append((done, total)))
@@ -142,7 +151,7 @@ def test_all_faults_are_told_at_once() -> None:
     assert "lacks 1 tensor (layers.1.up.weight)" in text
     assert "1 tensor (lm_head.weight) that the model does not know" in text
     assert "twice 1 tensor (layers.0.norm.bias)" in text
-    assert "wrong shape in 2 tensors" in text
+    assert "what does not fit in 2 tensors" in text
     assert "scale has shape [4], the model expects [3]" in text
 
 

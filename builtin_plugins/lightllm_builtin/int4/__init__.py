@@ -2,18 +2,13 @@
 
 from collections.abc import Sequence
 
-from lightllm import LinearMethodRecord, ModelInfo, UserError, hookimpl
-from lightllm_builtin.int4.settings import quantization, read
+from lightllm import LinearMethodRecord, ModelInfo, hookimpl
+from lightllm_builtin.int4.settings import READERS
+from lightllm_builtin.quantization_config import why_not
 
 
 def matches(info: ModelInfo) -> str | None:
-    if not quantization(info):
-        return "the checkpoint is not quantized"
-    try:
-        read(info)
-    except UserError as error:
-        return str(error)
-    return None
+    return why_not(info, READERS)
 
 
 @hookimpl

@@ -11,8 +11,9 @@ from torch import Tensor
 from lightllm import ModelInfo, UserError
 from lightllm.nn.layers import Inputs, Linear, Outputs
 from lightllm_builtin.int4.formats import FORMATS
-from lightllm_builtin.int4.settings import Scheme, read
+from lightllm_builtin.int4.settings import READERS, Scheme
 from lightllm_builtin.linear.dense import Dense
+from lightllm_builtin.quantization_config import read, scheme_of
 from lightllm_builtin.triton_support import why_not
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class Int4:
 
     def __init__(self, info: ModelInfo, kernel: bool | None = None) -> None:
         self.path = info.path
-        self.format, self.schemes = read(info)
+        self.format, self.schemes = read(info, READERS)
         self.kernel = kernel
         self.dense = Dense(info)
         self.scheme: Scheme | None = None
@@ -36,24 +37,11 @@ class Int4:
             self.kernel = layer.device.type == "cuda" and layer.dtype != torch.float32
         if self.kernel and (reason := why_not(layer.device.type)):
             raise UserError(f"{self.path}: packed weights cannot be multiplied: {reason}")
-        self.scheme = self._scheme(layer)
+        self.scheme = scheme_of(layer, self.path, self.schemes)
         if self.scheme is None:
             self.dense.create(layer)
         else:
             FORMATS[self.format].hold(layer, self.scheme)
-
-    def _scheme(self, layer: Linear) -> Scheme | None:
-        if layer.tied:
-            return None
-        found = {name: self.schemes(name, layer.head) for name in layer.names}
-        first, scheme = next(iter(found.items()))
-        for name, other in found.items():
-            if other != scheme:
-                raise UserError(
-                    f"{self.path}: {first} and {name} are one layer here, so they must be quantized alike; "
-                    f"found {_shown(scheme)} and {_shown(other)}"
-                )
-        return scheme
 
     def finish(self, layer: Linear) -> None:
         if self.scheme is not None:
@@ -79,11 +67,3 @@ class Int4:
         if self.scheme is None:
             return "plain (the head)" if layer.head else "plain"
         return f"{self.scheme.bits}-bit {self.format}" + ("" if self.kernel else " (dequantized when loaded)")
-
-
-def _shown(scheme: Scheme | None) -> str:
-    if scheme is None:
-        return "plain weights"
-    zeros = "with zero points" if scheme.zeros else "symmetric"
-    order = ", act-order" if scheme.act_order else ""
-    return f"{scheme.bits} bits, group size {scheme.group or -1}, {zeros}{order}"

@@ -57,10 +57,27 @@ class ShapeError(ValueError):
         super().__init__(f"has shape {list(found)}, the model expects {list(expected)}")
 
 
+class DtypeError(ValueError):
+    """A checkpoint tensor whose numbers do not mean what its parameter's do."""
+
+    def __init__(self, expected: torch.dtype, found: torch.dtype) -> None:
+        super().__init__(f"holds {_short(found)}, the model expects {_short(expected)}")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+CODES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.uint8)
+"""Dtypes of numbers that stand for others: converted they would mean something else."""
+
+
 def copy_into(parameter: Tensor, tensor: Tensor) -> None:
-    """Copy, converting dtype and device, refusing another shape."""
+    """Copy, converting dtype and device, refusing another shape, and to convert from or to `CODES`."""
     if parameter.shape != tensor.shape:
         raise ShapeError(parameter.shape, tensor.shape)
+    if parameter.dtype != tensor.dtype and not {parameter.dtype, tensor.dtype}.isdisjoint(CODES):
+        raise DtypeError(parameter.dtype, tensor.dtype)
     parameter.copy_(tensor)
 
 

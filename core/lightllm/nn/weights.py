@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from lightllm.interfaces import UserError, WeightFormat
-from lightllm.nn.layers import Linear, ShapeError, copy_into
+from lightllm.nn.layers import DtypeError, Linear, ShapeError, copy_into
 
-NEVER_LOADED = ("*rotary_emb.inv_freq", "*.rotary_emb.cos_cached", "*.rotary_emb.sin_cached")
-"""Buffers that older checkpoints carry along; models compute them."""
+NEVER_LOADED = ("*rotary_emb.inv_freq", "*.rotary_emb.cos_cached", "*.rotary_emb.sin_cached", "*.k_scale", "*.v_scale")
+"""Buffers that older checkpoints carry along and models compute, and scales for a KV cache in float8, which ours is
+not."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def load_weights(model: nn.Module, source: WeightFormat, progress: Callable[[int
     A module's ``finish()`` is called as soon as its last part has arrived, so that packing or quantizing it frees
     memory while the rest is still loading; one that holds a tied parameter, or lacks an optional one, waits for the
     end. A bias of zeros that the model does not know is skipped. Raises UserError naming the tensors that are missing,
-    unexpected, there twice or of the wrong shape.
+    unexpected, there twice or of the wrong shape or kind.
     """
     places = _places(model)
     tied: Mapping[str, str] = getattr(model, "tied", {})
@@ -58,7 +59,7 @@ def load_weights(model: nn.Module, source: WeightFormat, progress: Callable[[int
     maybe = {name for name, place in places.items() if place.name in getattr(place.module, "optional", ())}
     came: set[tuple[int, str]] = set()
     waiting = Counter(id(places[name].module) for name in places)
-    unexpected, twice, misshapen = [], [], []
+    unexpected, twice, misfits = [], [], []
     done, total = 0, source.nbytes()
     if progress:
         progress(0, total)
@@ -71,8 +72,8 @@ def load_weights(model: nn.Module, source: WeightFormat, progress: Callable[[int
             came.add((id(place.module), place.name))
             try:
                 place.fill(tensor)
-            except ShapeError as error:
-                misshapen.append(f"{name} {error}")
+            except (ShapeError, DtypeError) as error:
+                misfits.append(f"{name} {error}")
                 continue  # nothing will run: the rest is read only to name every fault at once
             waiting[id(place.module)] -= 1
             if not waiting[id(place.module)]:
@@ -87,7 +88,7 @@ def load_weights(model: nn.Module, source: WeightFormat, progress: Callable[[int
         if progress:
             progress(min(done, total), total)
     absent = {name for name in missing & maybe if (id(places[name].module), places[name].name) not in came}
-    _complain(type(model).__name__, missing - absent, unexpected, twice, misshapen)
+    _complain(type(model).__name__, missing - absent, unexpected, twice, misfits)
     waited = [places[name].module for name in (*tied, *sorted(absent)) if name in places]
     for module in {id(module): module for module in waited}.values():
         _finish(module)
@@ -100,13 +101,13 @@ def _complain(
     missing: Collection[str],
     unexpected: Collection[str],
     twice: Collection[str],
-    misshapen: Collection[str],
+    misfits: Collection[str],
 ) -> None:
     """Raise UserError if there is anything to complain of."""
     problems = [f"it lacks {_some(missing)}"] if missing else []
     problems += [f"it has {_some(unexpected)} that the model does not know"] if unexpected else []
     problems += [f"it has twice {_some(twice)}"] if twice else []
-    problems += [f"it has the wrong shape in {_some(misshapen)}"] if misshapen else []
+    problems += [f"it has what does not fit in {_some(misfits)}"] if misfits else []
     if problems:
         raise UserError(f"the checkpoint does not fit {model}: {'; '.join(problems)}")
 
