@@ -44,6 +44,11 @@ def check_given(function: Callable[..., Any], given: Given, *understood: str) ->
             assert given[name] is parameter.default, f"{name} is {given[name]}"
 
 
+def without_self(given: Given) -> Given:
+    """To be kept there: a cycle would hold on to the workspace."""
+    return {name: value for name, value in given.items() if name != "self"}
+
+
 def check_wrapper(given: Given) -> None:
     workspace = given["float_workspace_buffer"]
     assert workspace.dtype == torch.uint8 and workspace.numel() >= 128 * 2**20 and workspace.data_ptr() % 16 == 0
@@ -118,7 +123,7 @@ class BatchDecodeWithPagedKVCacheWrapper:
         )
         assert self.any_group or num_qo_heads // num_kv_heads in (1, 2, 3, 4, 6, 8, 16)
         check_indices(indptr, indices, last_page_len, page_size)
-        self.planned = locals()
+        self.planned = without_self(locals())
 
     def run(
         self, q, paged_kv_cache, *args, q_scale=None, k_scale=None, v_scale=None, out=None, lse=None, return_lse=False,
@@ -159,7 +164,7 @@ class BatchPrefillWithPagedKVCacheWrapper:
         check_indices(paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len, page_size)
         assert qo_indptr.dtype == torch.int32 and qo_indptr.device.type == "cpu"
         assert len(qo_indptr) == len(paged_kv_indptr)
-        self.planned = locals()
+        self.planned = without_self(locals())
 
     def run(
         self, q, paged_kv_cache, *args, q_scale=None, k_scale=None, v_scale=None, out=None, lse=None, return_lse=False,
@@ -220,7 +225,7 @@ def job(*layers: AttentionSpec, device: str = "cpu", dtype: str = "bfloat16") ->
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_decodes_and_prefills_are_attention(dtype: str) -> None:
-    check_attention_backend(FlashInferAttention, dtype=dtype, supports=lacking_kernel)
+    check_attention_backend(FlashInferAttention, dtype=dtype, supports=lacking_kernel, cases=40)
 
 
 @st.composite
@@ -242,7 +247,7 @@ def steps(draw: st.DrawFn) -> tuple[AttentionJob, list[tuple[int, int]], int]:
     return job(*layers, dtype="float16"), sizes, draw(st.integers(0, 999))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(step=steps())
 def test_any_step_is_attention(step: tuple[AttentionJob, list[tuple[int, int]], int]) -> None:
     """Slots are scattered; those that are nobody's hold NaN."""

@@ -27,6 +27,8 @@ def spec(heads: int, kv_heads: int, head_dim: int, window: int | None = None) ->
 
 @pytest.fixture(scope="module", autouse=True)
 def able() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
     if reason := supports(job(spec(4, 2, 64))):
         pytest.skip(reason)
 
