@@ -54,7 +54,7 @@ test-slow: $(BIN)/.ready  ## what takes minutes on two cores
 	$(BIN)/python -m pytest -m slow
 
 test-gpu: $(BIN)/.ready  ## what needs a CUDA device
-	$(BIN)/python -m pytest -m gpu tests/gpu
+	$(BIN)/python -m pytest -m gpu tests/gpu plugins
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis
