@@ -190,7 +190,7 @@ def pages() -> dict[str, str]:
     )
     contracts.add(REQUEST, ["SamplingParams", "Ready"])
     contracts.add(SCHEDULER, ["Plan", "Item", "Result"])
-    contracts.add(INTERFACES, ["UserError"], "Besides")
+    contracts.add(INTERFACES, ["UserError", "WorkerLost"], "Besides")
     contracts.add(OPTIONS, ["OptionGroup", "parse_size"])
 
     grammar = Page("grammar", "Grammars", _module_doc(GRAMMAR) + "\n\nIn `lightllm.grammar`.")

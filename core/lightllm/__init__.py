@@ -49,6 +49,7 @@ from lightllm.interfaces import (
     WeightFormat,
     WeightFormatRecord,
     Worker,
+    WorkerLost,
 )
 from lightllm.options import parse_size
 
@@ -99,6 +100,7 @@ __all__ = [
     "WeightFormat",
     "WeightFormatRecord",
     "Worker",
+    "WorkerLost",
     "grammar",
     "hookimpl",
     "parse_size",

@@ -55,7 +55,7 @@ STEP_HEADROOM_BYTES = 1 << 30
 
 
 LARGEST_GRAPH = 256
-"""Sequences: with more, a step takes the device longer than it takes Python to start its kernels."""
+"""Sequences. With more, the device should take longer to compute a step than Python takes to start its kernels."""
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True):

@@ -28,6 +28,10 @@ class UserError(Exception):
     """Something the person at the command line can mend. Shown as one line, never as a traceback."""
 
 
+class WorkerLost(Exception):
+    """A worker or its device cannot go on. The engine process ends, and the server starts another."""
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Plain data
 
@@ -384,7 +388,7 @@ class Worker(Protocol):
         """Begin a step. What is given back waits for its results, one for every item of the plan, in its order.
 
         Where ``ready.overlap``, the next step may be begun before these are asked for; steps are done, and asked for,
-        in the order they were begun. May be asked again for a part of a plan that failed.
+        in the order they were begun. May be asked again for a part of a plan that failed; after `WorkerLost` it is not.
         """
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,10 +51,13 @@ DECLARED = """
         return [route]
 """
 PARTS = """
+    import torch
     from lightllm_builtin.llama.model import Llama
 
     class Faulty(Llama):
         def forward(self, tokens, positions, batch):
+            if len(tokens) == 7 and (tokens == 14).all():
+                raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
             if (tokens == 13).any():
                 raise ValueError("thirteen")
             return super().forward(tokens, positions, batch)
@@ -212,3 +216,17 @@ def test_what_fails_at_start_ends_it_with_one_line_that_names_it(tmp_path: Path,
     assert code == 1
     assert last.startswith("lightllm-serve: error: ")
     assert reason in last and NAME in last
+
+
+def test_a_device_that_fails_ends_the_engine_and_another_takes_over(server: Server) -> None:
+    """After such an error every step would fail."""
+    before = post(server).json()["choices"][0]["text"]
+    lost = post(server, prompt=" ".join(["w14"] * 7))
+    assert lost.status_code == 503 and "the engine process ended" in lost.text
+    deadline = time.monotonic() + 60
+    while httpx.get(f"{server.url}/health").status_code != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert post(server).json()["choices"][0]["text"] == before
+    assert "the engine ends: the device failed: CUDA error: an illegal memory access was encountered" in server.log
+    assert "WorkerLost" not in server.log, "one line, no traceback"

@@ -16,6 +16,7 @@ from lightllm import (
     OperatorsRecord,
     SamplerRecord,
     SamplingRow,
+    WorkerLost,
     hookimpl,
 )
 from lightllm.assemble import build_engine
@@ -135,3 +136,19 @@ def test_it_is_named_and_the_other_sequences_go_on(engine: Callable[..., Engine]
     for size in set(SIZES) - {UNLUCKY}:
         assert found[str(size), 0].error is None
         assert found[str(size), 0].tokens == expected[str(size), 0].tokens
+
+
+def test_a_step_without_a_worker_is_not_tried_again(engine: Callable[..., Engine]) -> None:
+    lost = engine()
+    tried: list[Plan] = []
+
+    def start(plan: Plan) -> Any:
+        tried.append(plan)
+        raise WorkerLost("gone")
+
+    lost.executor.start = start  # type: ignore[method-assign]
+    for i in range(3):
+        lost.add(Generate(id=str(i), prompt=[1, 2], params=SamplingParams()))
+    with pytest.raises(WorkerLost, match="gone"):
+        lost.step()
+    assert len(tried) == 1

@@ -12,7 +12,7 @@ from lightllm.engine.grammars import Grammars
 from lightllm.engine.request import Abort, Generate, Output, Ready, Step, joined
 from lightllm.engine.scheduler import Plan, Result, Scheduler
 from lightllm.grammar import GrammarError
-from lightllm.interfaces import Executor, GrammarMatcher, UserError
+from lightllm.interfaces import Executor, GrammarMatcher, UserError, WorkerLost
 
 log = logging.getLogger("lightllm.engine")
 
@@ -72,7 +72,8 @@ class Engine:
 
     def step(self) -> Step:
         """Advance every running sequence by a chunk of prompt or one token. Where a device computes and nothing hangs
-        on the tokens it chooses, they are read when it has got the next step to do, and come a call later."""
+        on the tokens it chooses, they are read when it has got the next step to do, and come a call later. Raises
+        `WorkerLost`."""
         if self._compiling:
             self._join()
         outputs, self._pending = self._pending, []
@@ -102,7 +103,10 @@ class Engine:
         return self.scheduler.update(flight.plan, results)
 
     def _failed(self, plan: Plan, error: Exception, again: bool) -> list[Result]:
-        """A step that fails is done again sequence by sequence: only those whose fault it is get an error."""
+        """A step that fails is done again sequence by sequence: only those whose fault it is get an error. Raises what
+        says that there is no worker to do it."""
+        if isinstance(error, WorkerLost):
+            raise error
         log.error("a step of %d sequences failed", len(plan.items), exc_info=error)
         if again and len(plan.items) > 1:
             return [result for item in plan.items for result in self._run(Plan(items=[item]))]

@@ -16,7 +16,7 @@ import zmq
 
 from lightllm.checks import describe
 from lightllm.engine.request import Abort, Command, Fatal, Generate, Loading, Report
-from lightllm.interfaces import UserError
+from lightllm.interfaces import UserError, WorkerLost
 
 if TYPE_CHECKING:
     from lightllm.engine.engine import Engine
@@ -72,7 +72,11 @@ def run(directory: Path, build: Callable[[Callable[[Loading], None]], Engine]) -
     gc.collect()
     gc.freeze()
     report(engine.ready)
-    _serve(engine, commands, report)
+    try:
+        _serve(engine, commands, report)
+    except WorkerLost as error:
+        log.error("the engine ends: %s", error)
+        return 1
     engine.close()
     reports.close(linger=0)
     return 0

@@ -21,7 +21,7 @@ from lightllm.engine.inputs import Inputs, Numbers, Rows
 from lightllm.engine.masks import Held, Masks
 from lightllm.engine.request import Generate, Logprobs, Ready, SamplingParams
 from lightllm.engine.scheduler import Plan, Result, Seq
-from lightllm.interfaces import AttentionBackend, LogitsProcessor, Sampler
+from lightllm.interfaces import AttentionBackend, LogitsProcessor, Sampler, WorkerLost
 from lightllm.nn.transfer import Fetch, send
 
 log = logging.getLogger("lightllm.engine")
@@ -93,6 +93,8 @@ class Runner:
     def _blaming(self) -> Iterator[None]:
         try:
             yield
+        except torch.AcceleratorError as error:  # memory that ran out is another error, after which one can go on
+            raise WorkerLost(f"the device failed: {error}") from error
         except Exception as error:
             name = culprit(error, self._names)
             if name is None:
