@@ -143,7 +143,7 @@ def test_decodes_replayed_at_padded_sizes(build: Build) -> None:
         "attention_backend": "triton",
         "operators": "triton",
     }
-    requests = traffic(1, most=7)[:9]
+    requests = traffic(1, most=5)[:9]
     expected = run(build(max_total_tokens=300, max_model_len=80, max_batch_tokens=40), requests)
     engine = build(overlap=True, **options)
     engine.executor._worker.warm()  # type: ignore[attr-defined]
