@@ -35,7 +35,7 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data(), small=st.booleans())
 def test_any_shape(data: Any, small: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:

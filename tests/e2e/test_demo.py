@@ -76,7 +76,7 @@ async def one(http: httpx.AsyncClient, url: str, i: int, stream: bool) -> str:
         "model": "demo",
         "messages": [{"role": "user", "content": prompt(i)}],
         "temperature": 0,
-        "max_tokens": 8 + i % 16,
+        "max_tokens": 16 + 2 * (i % 16),
         "stream": stream,
     }
     if not stream:

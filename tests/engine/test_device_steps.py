@@ -143,13 +143,13 @@ def test_decodes_replayed_at_padded_sizes(build: Build) -> None:
         "attention_backend": "triton",
         "operators": "triton",
     }
-    requests = traffic(1, most=5)[:9]
+    requests = traffic(1, most=7)[:9]
     expected = run(build(max_total_tokens=300, max_model_len=80, max_batch_tokens=40), requests)
     engine = build(overlap=True, **options)
     engine.executor._worker.warm()  # type: ignore[attr-defined]
     replays = replayed(engine, [1, 2, 4, 7])
     same(run(engine, requests), expected)
-    assert set(replays) == {2, 7}, "of batches between them, too"
+    assert {4, 7} <= set(replays)
 
 
 def test_sizes_that_are_captured() -> None:

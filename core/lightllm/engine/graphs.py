@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightllm.engine.inputs import Inputs, Rows
+from lightllm.engine.inputs import Inputs, Numbers, Rows
 
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 """Given a step, gives back what repeats it."""
@@ -60,22 +60,24 @@ class Graphs:
     ) -> None:
         self._rows, self._device = rows, device
         self._logits = torch.empty(max(sizes), vocabulary, dtype=torch.float32, device=device)
-        self._graphs: dict[int, tuple[Tensor, Callable[[], None]]] = {}  # size -> a step's numbers, what repeats it
+        # size -> a step's numbers, its sequences' rows among them, what repeats it
+        self._graphs: dict[int, tuple[Tensor, Tensor, Callable[[], None]]] = {}
         for done, size in enumerate(sorted(sizes, reverse=True)):  # the largest first: its memory does for the others
             progress(done, len(sizes))
             inputs = Inputs().padded(size, rows)
             numbers, logits = inputs.send(device), self._logits[:size]
-            self._graphs[size] = numbers, capture(partial(step, inputs, numbers, logits))
+            replay = capture(partial(step, inputs, numbers, logits))
+            self._graphs[size] = numbers, Numbers(numbers, inputs).rows, replay
         progress(len(sizes), len(sizes))
 
-    def run(self, inputs: Inputs) -> Tensor | None:
-        """The logits of decodes [sequences, vocabulary], to be used before the next step; None where the batch is too
-        large."""
+    def run(self, inputs: Inputs) -> tuple[Tensor, Tensor] | None:
+        """The logits of decodes [sequences, vocabulary], and their rows on the device [sequences], to be used before
+        the next step; None where the batch is too large."""
         count = len(inputs.rows)
         size = next((size for size in reversed(self._graphs) if size >= count), None)
         if size is None:
             return None
-        numbers, replay = self._graphs[size]
+        numbers, rows, replay = self._graphs[size]
         numbers.copy_(inputs.padded(size, self._rows).send(self._device))
         replay()
-        return self._logits[:count]
+        return self._logits[:count], rows[:count]

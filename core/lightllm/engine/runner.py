@@ -110,9 +110,12 @@ class Runner:
         step = Underway(results, held, Fetch(self.device))
         inputs = Inputs.of(plan.items)
         self.rows.prepare(plan.items)
-        numbers = Numbers(inputs.send(self.device), inputs)
-        logits = self.graphs.run(inputs) if self.graphs and inputs.decodes else None
-        if logits is None:
+        logits: Tensor | None = None
+        if self.graphs and inputs.decodes and (replayed := self.graphs.run(inputs)):
+            logits, rows = replayed
+        else:
+            numbers = Numbers(inputs.send(self.device), inputs)
+            rows = numbers.sampled
             hidden = self._hidden(inputs, numbers)
             self._prompt_logprobs(hidden, plan, step)
             if sampled:
@@ -124,7 +127,7 @@ class Runner:
             if masks is not None:
                 self.masks.apply(masks, logits, held)
             tokens = self.sampler.sample(logits, seqs)
-            self.rows.last[numbers.sampled] = tokens
+            self.rows.last[rows] = tokens
             step.sampled = [result for result, _ in sampled], step.fetch.take(tokens)
             for i, (values, top) in logprobs.items():
                 step.logprobs.append((sampled[i][0], Entries.of(values, tokens[i : i + 1], top, step.fetch)))
