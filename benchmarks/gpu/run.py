@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import gc
 import itertools
+import logging
 import math
 import statistics
 import sys
@@ -269,6 +270,8 @@ def main() -> None:
     )
     parser.add_argument("--no-peers", action="store_true")
     given = parser.parse_args()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("lightllm.linear").setLevel(logging.DEBUG)  # what was timed when the model was loaded
     tiny, device, write = given.shape == "tiny", given.device, sys.stdout.write
     dtype = "bfloat16" if device == "cuda" else "float32"
     decodes = TINY["decodes"] if tiny else DECODES
@@ -309,8 +312,9 @@ def main() -> None:
         largest = max(longest, *(count * (context + 64) for count, context in decodes))
         settings: dict[str, Any] = {"max_batch_tokens": prefill, "max_total_tokens": largest, "max_model_len": longest}
         settings["quantization"] = given.quantization
-        write("| case | time ms | floor ms | of the floor |\n| --- | --- | --- | --- |\n")
         with engine(folder, device, dtype=dtype, **settings) as one:
+            write("\n".join(one.ready.summary))
+            write("\n\n| case | time ms | floor ms | of the floor |\n| --- | --- | --- | --- |\n")
             sizes = dict(checkpoints.tensors(checkpoints.COMMON | config, config["num_hidden_layers"]))
             weights = sum(math.prod(size) for name, size in sizes.items() if "embed_tokens" not in name)
             head = config["hidden_size"] * vocabulary

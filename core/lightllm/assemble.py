@@ -231,7 +231,8 @@ def _build_worker(
         f"{slots / max_model_len:.1f} requests of the full {max_model_len:,} tokens",
     ]
     linears = [module for module in model.modules() if isinstance(module, Linear)]
-    held = Counter(one.method.summary(one) for one in linears if isinstance(one.method, LinearSummary))
+    said = (one.method.summary(one) for one in linears if isinstance(one.method, LinearSummary))
+    held = Counter(how for how in said if how)
     if held:
         summary.append(f"linear layers: {', '.join(f'{count} {how}' for how, count in held.most_common())}")
     ready = Ready(

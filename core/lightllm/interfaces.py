@@ -370,7 +370,7 @@ class LinearSummary(Protocol):
     """What a `LinearMethod` has besides when users should know how it holds their layers."""
 
     def summary(self, layer: Linear) -> str:
-        """How it holds this one, in a few words. At the start the log counts the layers of the same words."""
+        """How it holds this one, in a few words, or none. At the start the log counts the layers of the same words."""
 
 
 Adapters = Callable[[str], Any]

@@ -21,7 +21,8 @@ GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32}
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 2**-8), ("float16", 2**-11), ("float32", 1e-4)])
+# two units of the dtype: what two ranks sum is rounded three times, by half a unit of what is largest
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 2**-7), ("float16", 2**-10), ("float32", 1e-4)])
 @pytest.mark.parametrize(("config", "write"), [(GPTQ, gptq), (AWQ, awq)], ids=["gptq", "awq"])
 def test_layers(config: Any, write: Any, dtype: str, tolerance: float) -> None:
     def pack(weight: torch.Tensor) -> Any:

@@ -8,7 +8,8 @@ one that all graphs share. Batches between two sizes are padded (`Inputs.padded`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -38,11 +39,24 @@ class CudaCapture:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             step()  # kernels are compiled, libraries take what memory they need
+            with _never_waiting():  # found out while capturing, it would leave PyTorch's allocator in a capture
+                step()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             step()
         return graph.replay
+
+
+@contextmanager
+def _never_waiting() -> Iterator[None]:
+    """Inside, to wait for the device is an error."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 class Graphs:
