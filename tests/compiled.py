@@ -49,8 +49,12 @@ class Compiled:
         divisible = {}
         for i, arg in enumerate(args):
             tensor = isinstance(arg, torch.Tensor)
+            fixed = type(arg) is int and not self.kernel.params[i].do_not_specialize
+            if fixed and arg == 1:  # a launch compiles this number in
+                constants[names[i]], types[names[i]] = 1, "constexpr"
+                continue
             types[names[i]] = POINTERS[arg.dtype] if tensor else SCALARS[type(arg)]
-            if tensor or (isinstance(arg, int) and arg % 16 == 0):
+            if tensor or (fixed and arg % 16 == 0):
                 divisible[(i,)] = [["tt.divisibility", 16]]
         source = ASTSource(
             self.kernel,

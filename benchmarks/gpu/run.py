@@ -37,7 +37,7 @@ import serving  # noqa: E402
 from lightllm.assemble import build_engine  # noqa: E402
 from lightllm.config import Config  # noqa: E402
 from lightllm.engine.engine import Engine  # noqa: E402
-from lightllm.engine.request import Generate, Logprobs, SamplingParams  # noqa: E402
+from lightllm.engine.request import Abort, Generate, Logprobs, SamplingParams  # noqa: E402
 from lightllm.interfaces import AttentionJob, AttentionSpec  # noqa: E402
 from lightllm.nn.batch import Batch, KVPool  # noqa: E402
 from lightllm.plugins import Plugins  # noqa: E402
@@ -113,10 +113,13 @@ def engine(folder: Path, device: str, **settings: Any) -> Iterator[Engine]:
         yield built
     finally:
         built.close()
-        del built
-        gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()
+
+
+def release(device: str) -> None:
+    """Give the memory of what is no longer referred to back to the device, for other processes."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def requests(count: int, tokens: int, vocabulary: int, **params: Any) -> list[Generate]:
@@ -146,8 +149,9 @@ def check_numerics(shape: str, device: str, dtype: str) -> float:
 
 
 def decode_seconds(one: Engine, count: int, context: int, vocabulary: int, device: str, steps: int = 32) -> float:
-    """A step in which each of ``count`` sequences of about ``context`` tokens gets one."""
-    asked = requests(count, context - steps // 2, vocabulary, max_tokens=steps + 16)
+    """A step in which each of ``count`` sequences of about ``context`` tokens gets one. The first of them get some while
+    the last ones' prompts are computed."""
+    asked = requests(count, context - steps, vocabulary, max_tokens=4 * steps)
     for request in asked:
         one.add(request)
     begun: set[str] = set()
@@ -159,6 +163,8 @@ def decode_seconds(one: Engine, count: int, context: int, vocabulary: int, devic
         step = one.step()
         taken.append(time.perf_counter() - began)
         assert len(step.outputs) == count, "a sequence was preempted, or has ended"
+    for request in asked:
+        one.abort(Abort(id=request.id))
     while one.busy:
         one.step()
     return statistics.median(taken)
@@ -312,27 +318,33 @@ def main() -> None:
         largest = max(longest, *(count * (context + 64) for count, context in decodes))
         settings: dict[str, Any] = {"max_batch_tokens": prefill, "max_total_tokens": largest, "max_model_len": longest}
         settings["quantization"] = given.quantization
-        with engine(folder, device, dtype=dtype, **settings) as one:
-            write("\n".join(one.ready.summary))
-            write("\n\n| case | time ms | floor ms | of the floor |\n| --- | --- | --- | --- |\n")
-            sizes = dict(checkpoints.tensors(checkpoints.COMMON | config, config["num_hidden_layers"]))
-            weights = sum(math.prod(size) for name, size in sizes.items() if "embed_tokens" not in name)
-            head = config["hidden_size"] * vocabulary
-            weight_bytes = (weights - head) * (1 if given.quantization == "fp8" else bytes_each) + head * bytes_each
-            token = 2 * spec.kv_heads * head_dim * config["num_hidden_layers"] * bytes_each
 
-            def row(case: str, taken: float, floor: float) -> None:
-                write(f"| {case} | {taken * 1e3:.2f} | {floor * 1e3:.2f} | {floor / taken:.0%} |\n")
-                sys.stdout.flush()
+        def engine_cases() -> float:
+            """A function, so that nothing of the engine is left when it ends: a server needs the device's memory."""
+            with engine(folder, device, dtype=dtype, **settings) as one:
+                write("\n".join(one.ready.summary))
+                write("\n\n| case | time ms | floor ms | of the floor |\n| --- | --- | --- | --- |\n")
+                sizes = dict(checkpoints.tensors(checkpoints.COMMON | config, config["num_hidden_layers"]))
+                weights = sum(math.prod(size) for name, size in sizes.items() if "embed_tokens" not in name)
+                head = config["hidden_size"] * vocabulary
+                weight_bytes = (weights - head) * (1 if given.quantization == "fp8" else bytes_each) + head * bytes_each
+                token = 2 * spec.kv_heads * head_dim * config["num_hidden_layers"] * bytes_each
 
-            for count, context in decodes:
-                taken = decode_seconds(one, count, context, vocabulary, device)
-                row(f"decode, {count} x {context}", taken, (weight_bytes + count * context * token) / copies)
-            # q k^T and p v, the causal half
-            attention = 2 * prefill**2 * spec.heads * head_dim * config["num_hidden_layers"]
-            operations = 2 * prefill * (weights - head) + 2 * head + attention
-            row(f"prefill, {prefill}", prefill_seconds(one, prefill, vocabulary), operations / products)
-            own = engine_rate(one, concurrency, tokens, output, vocabulary)
+                def row(case: str, taken: float, floor: float) -> None:
+                    write(f"| {case} | {taken * 1e3:.2f} | {floor * 1e3:.2f} | {floor / taken:.0%} |\n")
+                    sys.stdout.flush()
+
+                for count, context in decodes:
+                    taken = decode_seconds(one, count, context, vocabulary, device)
+                    row(f"decode, {count} x {context}", taken, (weight_bytes + count * context * token) / copies)
+                # q k^T and p v, the causal half
+                attention = 2 * prefill**2 * spec.heads * head_dim * config["num_hidden_layers"]
+                operations = 2 * prefill * (weights - head) + 2 * head + attention
+                row(f"prefill, {prefill}", prefill_seconds(one, prefill, vocabulary), operations / products)
+                return engine_rate(one, concurrency, tokens, output, vocabulary)
+
+        own = engine_cases()
+        release(device)
         options = [
             "--quantization",
             given.quantization,

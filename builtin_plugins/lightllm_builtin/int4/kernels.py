@@ -19,7 +19,7 @@ MAGIC = tl.constexpr(8388608.0)
 WIDEN = tl.constexpr(interpreted())
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # it changes from step to step
 def multiply(
     x, words, scales, zeros, bias, out, M, N, K, x_row, part, group,
     BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr,
@@ -58,7 +58,7 @@ def multiply(
     tl.store(out + row[:, None] * N + n[None, :], total.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # it changes from step to step
 def add(partial, bias, out, M, N, PARTS: tl.constexpr, B: tl.constexpr, BIAS: tl.constexpr):
     """``out`` [M, N] = the sum of ``partial`` [PARTS, M, N], and ``bias`` [N]. A program takes B of a row."""
     row = tl.program_id(0).to(tl.int64)
