@@ -35,6 +35,7 @@ import checkpoints  # noqa: E402
 import serving  # noqa: E402
 
 from lightllm.assemble import build_engine  # noqa: E402
+from lightllm.checks import describe  # noqa: E402
 from lightllm.config import Config  # noqa: E402
 from lightllm.engine.engine import Engine  # noqa: E402
 from lightllm.engine.request import Abort, Generate, Logprobs, SamplingParams  # noqa: E402
@@ -149,8 +150,8 @@ def check_numerics(shape: str, device: str, dtype: str) -> float:
 
 
 def decode_seconds(one: Engine, count: int, context: int, vocabulary: int, device: str, steps: int = 32) -> float:
-    """A step in which each of ``count`` sequences of about ``context`` tokens gets one. The first of them get some while
-    the last ones' prompts are computed."""
+    """A step in which each of ``count`` sequences of about ``context`` tokens gets one. The first get some while the
+    last ones' prompts are computed."""
     asked = requests(count, context - steps, vocabulary, max_tokens=4 * steps)
     for request in asked:
         one.add(request)
@@ -245,10 +246,10 @@ def http_rate(
             server.stop()
 
 
-def transformers_rates(
+def transformers_work(
     folder: Path, device: str, count: int, tokens: int, output: int, vocabulary: int
-) -> Iterator[tuple[str, float]]:
-    """Output tokens a second of transformers' `generate`, and of its continuous batching."""
+) -> dict[str, Callable[[], Any]]:
+    """The same requests for transformers' `generate`, and for its continuous batching."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -256,12 +257,16 @@ def transformers_rates(
     prompts = [request.prompt for request in requests(count, tokens, vocabulary)]
     ids = torch.tensor(prompts, device=device)
     plain = {"max_new_tokens": output, "min_new_tokens": output, "do_sample": False, "pad_token_id": 0}
-    with torch.inference_mode():
-        taken = seconds(device, lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **plain), times=1)
-        yield "transformers generate", count * output / taken
-        config = GenerationConfig(max_new_tokens=output, do_sample=False, eos_token_id=-1, pad_token_id=0)
-        taken = seconds(device, lambda: model.generate_batch(inputs=prompts, generation_config=config), times=1)
-        yield "transformers continuous batching", count * output / taken
+    config = GenerationConfig(max_new_tokens=output, do_sample=False, eos_token_id=-1, pad_token_id=0)
+
+    def continuous() -> None:
+        done = model.generate_batch(inputs=prompts, generation_config=config)
+        assert {len(one.generated_tokens) for one in done.values()} == {output}
+
+    return {
+        "transformers generate": lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **plain),
+        "transformers continuous batching": continuous,
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -359,8 +364,13 @@ def main() -> None:
         write(f"\n{concurrency} requests of {tokens} tokens in, {output} out, output tok/s:\n")
         write(f"- engine {own:,.0f}\n- over HTTP {served:,.0f}, {served / own:.0%} of the engine's\n")
         if not given.no_peers:
-            for peer, rate in transformers_rates(folder, device, concurrency, tokens, output, vocabulary):
-                write(f"- {peer} {rate:,.0f}; ours over HTTP is {served / rate:.2f} times as fast\n")
+            for peer, work in transformers_work(folder, device, concurrency, tokens, output, vocabulary).items():
+                try:
+                    with torch.inference_mode():
+                        rate = concurrency * output / seconds(device, work, times=1)
+                    write(f"- {peer} {rate:,.0f}; ours over HTTP is {served / rate:.2f} times as fast\n")
+                except Exception as error:
+                    write(f"- {peer} failed: {describe(error)}\n")
                 sys.stdout.flush()
 
 

@@ -1,6 +1,6 @@
 """Find the attention kernels' fastest tiles on this device, and write them where they are shipped.
 
-    python benchmarks/gpu/tune.py                     # heads of 64, 128 and 256 in bfloat16, a few minutes
+    python benchmarks/gpu/tune.py                     # heads of 64, 128 and 256 in bfloat16, some minutes each
     python benchmarks/gpu/tune.py --head-dims 128
 
 Every combination is compiled and timed: prefills of 8,192 tokens, decodes of 64 sequences of 8,192 tokens, 32 heads

@@ -16,7 +16,7 @@ from lightllm_builtin.linear.few_rows import CANDIDATES, ROWS, Product, fastest
 pytestmark = pytest.mark.gpu
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_shape(data: Any) -> None:
     products(data, "cuda")
