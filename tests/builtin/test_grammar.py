@@ -110,10 +110,10 @@ CASES: list[tuple[Grammar, list[str], list[str]]] = [
     (Rules('start: (" "|/a/i)~2 %json {"type": "integer"}'), [" A12"], [" A", "a1"]),
     (Rules('%import common.INT\nstart: INT ("+" INT)*\n%ignore " "'), ["12", "1+ 2 +3"], ["1+"]),
     (Joined((Rules(GBNF), Fixed("-"), Rules(LARK))), ["b-a1", "a1-b"], ["b", "b-", "b-c"]),
-    # what does not work yet
     (Rules('?start: "a" | b\nb: "b"'), ["a", "b"], [""]),
-    bug(Rules('root ::= start "b"\nstart ::= "a"'), ["ab"], ["a"], why="GBNF with a rule start is taken for Lark"),
-    bug(Rules('root ::= "\\u0041"'), ["A"], [], why="llguidance's converter drops the zeros of \\u and \\U"),
+    (Rules('root ::= start "b" start- # start\nstart ::= "a" | "start"\nstart- ::= "c"'), ["abc", "startbc"], ["a", "bc"]),
+    (Rules('root ::= "\\u0041\\\\u0041\\U0001F600" [\\u0061-\\u0063\\u5929]'), ["A\\u0041😀b", "A\\u0041😀天"], ["A"]),
+    (Rules('root ::= "\\u0022\\u005c" [\\u005d\\u005b\\u002f]'), ['"\\]', '"\\[', '"\\/'], ['"\\x']),
     (Repeated(Fixed("a"), 0, 0), [""], ["a"]),
 ]
 
@@ -277,6 +277,8 @@ REFUSED: list[tuple[Grammar, str]] = [
     (g.json({"$ref": "#/nope"}), "'/nope' does not exist"),
     (g.json({"$ref": "http://example.org/x"}), "http://example.org/x"),
     (Regex("["), 'invalid regex "[": unclosed character class'),
+    (Rules('root ::= "\\ud83d"'), "\\ud83d is no character"),
+    (Rules('root ::= [\\U00110000]'), "\\U00110000 is no character"),
     (Regex("a("), 'invalid regex "a(": unclosed group'),
     (Regex("(?=a)a"), "look-ahead"),
     (Regex(r"(a)\1"), "backreferences are not supported"),

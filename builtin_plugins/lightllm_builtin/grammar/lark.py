@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 
 from llguidance import regex_to_lark
@@ -111,7 +112,7 @@ class Lark:
         lark = source
         if "::=" in source:
             try:
-                lark = gbnf_to_lark(source)
+                lark = gbnf_to_lark(_convertible(source))
             except Exception as error:
                 raise GrammarError(f"it is no GBNF: {error}") from None
         elif not re.search(r"^\s*\??start\b", source, re.MULTILINE):
@@ -144,6 +145,33 @@ class Lark:
         name += str(len(self._rules))
         self._rules.append(f"{name}{options}: {body}")
         return name
+
+
+_GBNF = re.compile(r'"(?:[^"\\]|\\.)*"|\[(?:[^]\\]|\\.)*]|#[^\n]*|(?<![\w-])start(?![\w-])', re.DOTALL)
+"""A literal, a class, a comment, or a rule that is called start."""
+_ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
+
+
+def _convertible(source: str) -> str:
+    """GBNF that llguidance's converter reads rightly: it drops zeros of \\u and \\U, and calls the rule root start."""
+    start = "start-"
+    while start in source:
+        start += "-"
+
+    def character(escape: re.Match[str]) -> str:
+        digits = escape[1] or escape[2]
+        if digits is None:
+            return escape[0]
+        code = int(digits, 16)
+        if code > sys.maxunicode or 0xD800 <= code < 0xE000:
+            raise ValueError(f"{escape[0]} is no character")
+        return f"\\x{code:02x}" if code < 256 else chr(code)
+
+    def mended(part: re.Match[str]) -> str:
+        text = part[0]
+        return start if text == "start" else _ESCAPE.sub(character, text) if text[0] in '"[' else text
+
+    return _GBNF.sub(mended, source)
 
 
 def _regex(pattern: str) -> str:
