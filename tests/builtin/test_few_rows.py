@@ -84,6 +84,13 @@ def test_what_could_be_chance_is_left_to_the_library(fastest: Callable[..., Prod
     assert fastest(lambda tiles, rows: 0.96 if tiles else 1.0).tiles == dict.fromkeys((1, 16), CANDIDATES[0])
 
 
+def test_without_memory_to_try_the_library_multiplies(fastest: Callable[..., Product]) -> None:
+    def takes(tiles: Tiles | None, rows: int) -> float:
+        raise torch.OutOfMemoryError
+
+    assert fastest(takes).tiles == {1: None, 16: None}
+
+
 def test_what_does_not_fit_is_never_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     def bench(each: Callable[[], None], rep: float, return_mode: str) -> float:
         raise OutOfResources(300_000, 100_000, "shared memory")
