@@ -1,4 +1,4 @@
-"""The cases of benchmarks/gpu/run.py at the sizes they have on a device, with one that is a clock which takes no time."""
+"""The cases of benchmarks/gpu/run.py at the sizes they have on a device. Here it is a clock, which takes no time."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from pathlib import Path
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 CASES = """
 import sys
+from pathlib import Path
 import clock, run
 from lightllm.assemble import build_engine
 from lightllm.config import Config
 from lightllm.plugins import Plugins, Recipe
 
 plugins = Plugins.discover(Recipe(given=(clock.__file__,)), quiet=True)
-engine = build_engine(Config(max_batch_tokens=run.PREFILL, prefix_cache=False), plugins, sys.argv[1])
+engine = build_engine(Config(max_batch_tokens=run.PREFILL, prefix_cache=False), plugins, Path(sys.argv[1]))
 for count, context in run.DECODES:
     assert run.decode_seconds(engine, count, context, 40_000, "cpu") > 0
     assert not engine.busy
