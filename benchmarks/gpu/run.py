@@ -3,6 +3,7 @@
     python benchmarks/gpu/run.py                          # Llama-3-8B's shape on a CUDA device, about 8 minutes
     python benchmarks/gpu/run.py --shape qwen2.5-7b
     python benchmarks/gpu/run.py --quantization fp8 --no-peers
+    python benchmarks/gpu/run.py --profile --no-peers     # after each case, the kernels that took its time
     python benchmarks/gpu/run.py --shape tiny --device cpu  # whether this script works; its figures mean nothing
 
 Weights are random. First the device is measured: how fast it copies, how fast it multiplies. Those are the floors:
@@ -86,6 +87,16 @@ def repeated_seconds(device: str, work: Callable[[], Any], repeats: int = 10) ->
     return seconds(device, several) / count
 
 
+def profile(device: str, work: Callable[[], Any]) -> None:
+    """Write which kernels (on a CPU, which operators) take the most of its time."""
+    kind = torch.profiler.ProfilerActivity.CUDA if device == "cuda" else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[kind]) as found:
+        work()
+        synchronize(device)
+    table = found.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=15, max_name_column_width=70)
+    sys.stdout.write(f"\n{table}\n")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The device's limits
 
@@ -149,7 +160,9 @@ def check_numerics(shape: str, device: str, dtype: str) -> float:
     return max(off)
 
 
-def decode_seconds(one: Engine, count: int, context: int, vocabulary: int, device: str, steps: int = 32) -> float:
+def decode_seconds(
+    one: Engine, count: int, context: int, vocabulary: int, device: str, steps: int = 32, profiled: bool = False
+) -> float:
     """A step in which each of ``count`` sequences of about ``context`` tokens gets one. The first get some while the
     last ones' prompts are computed."""
     asked = requests(count, context - steps, vocabulary, max_tokens=4 * steps)
@@ -164,6 +177,8 @@ def decode_seconds(one: Engine, count: int, context: int, vocabulary: int, devic
         step = one.step()
         taken.append(time.perf_counter() - began)
         assert len(step.outputs) == count, "a sequence was preempted, or has ended"
+    if profiled:
+        profile(device, lambda: [one.step() for _ in range(8)])
     for request in asked:
         one.abort(Abort(id=request.id))
     while one.busy:
@@ -171,14 +186,14 @@ def decode_seconds(one: Engine, count: int, context: int, vocabulary: int, devic
     return statistics.median(taken)
 
 
-def prefill_seconds(one: Engine, tokens: int, vocabulary: int) -> float:
-    taken = []
-    for _ in range(4):
-        (request,) = requests(1, tokens, vocabulary, max_tokens=1)
-        began = time.perf_counter()
-        one.generate(request)
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken[1:])
+def prefill_seconds(one: Engine, tokens: int, vocabulary: int, device: str, profiled: bool = False) -> float:
+    def work() -> None:
+        one.generate(*requests(1, tokens, vocabulary, max_tokens=1))
+
+    taken = seconds(device, work)
+    if profiled:
+        profile(device, work)
+    return taken
 
 
 def engine_rate(one: Engine, count: int, tokens: int, output: int, vocabulary: int) -> float:
@@ -280,6 +295,7 @@ def main() -> None:
         "--quantization", choices=("auto", "fp8"), default="auto", help="fp8: floors are of one byte a weight"
     )
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="write which kernels each case's time went to")
     given = parser.parse_args()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("lightllm.linear").setLevel(logging.DEBUG)  # what was timed when the model was loaded
@@ -340,12 +356,13 @@ def main() -> None:
                     sys.stdout.flush()
 
                 for count, context in decodes:
-                    taken = decode_seconds(one, count, context, vocabulary, device)
+                    taken = decode_seconds(one, count, context, vocabulary, device, profiled=given.profile)
                     row(f"decode, {count} x {context}", taken, (weight_bytes + count * context * token) / copies)
                 # q k^T and p v, the causal half
                 attention = 2 * prefill**2 * spec.heads * head_dim * config["num_hidden_layers"]
                 operations = 2 * prefill * (weights - head) + 2 * head + attention
-                row(f"prefill, {prefill}", prefill_seconds(one, prefill, vocabulary), operations / products)
+                taken = prefill_seconds(one, prefill, vocabulary, device, given.profile)
+                row(f"prefill, {prefill}", taken, operations / products)
                 return engine_rate(one, concurrency, tokens, output, vocabulary)
 
         own = engine_cases()
