@@ -8,15 +8,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lightllm_builtin.triton_support import interpreted
+from lightllm_builtin.triton_product import product
 
 # The bits of a float32 of 2**23; an integer below 2**23 in its lowest bits is added to it. Conversions of integers have
 # a fraction of the throughput of such an `or`.
 MAGIC_BITS = tl.constexpr(0x4B000000)
 MAGIC = tl.constexpr(8388608.0)
-
-# Triton's interpreter (3.7 to 3.9) would multiply the bits of bfloat16 numbers
-WIDEN = tl.constexpr(interpreted())
 
 
 @triton.jit(do_not_specialize=["M"])  # it changes from step to step
@@ -48,9 +45,7 @@ def multiply(
         zero = tl.load(zeros + place, mask=n < N, other=0).to(tl.float32)
         scale = tl.load(scales + place, mask=n < N, other=0.0).to(tl.float32)
         w = ((q | MAGIC_BITS).to(tl.float32, bitcast=True) - (zero + MAGIC)[None, :]).to(xs.dtype)
-        if WIDEN:
-            xs, w = xs.to(tl.float32), w.to(tl.float32)
-        total += tl.dot(xs, w, input_precision="ieee") * scale[None, :]
+        total += product(xs, w) * scale[None, :]
     if BIAS:
         total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     row = tl.program_id(2).to(tl.int64) * M + m

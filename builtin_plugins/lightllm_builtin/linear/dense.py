@@ -30,10 +30,11 @@ class Dense:
         layer.hold("weight", Outputs(), Inputs())
 
     def finish(self, layer: Linear) -> None:
-        if layer.device.type == "cpu" and _packable(layer.dtype):
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.data, 16)
-            # The packed copy takes over: holding both would double the memory of the weights.
-            layer.register_parameter("weight", None)
+        if layer.device.type == "cpu":
+            if _packable(layer.dtype):
+                self.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.data, 16)
+                # The packed copy takes over: holding both would double the memory of the weights.
+                layer.register_parameter("weight", None)
         elif layer.dtype != torch.float32 and why_not(layer.device.type) is None:
             from lightllm_builtin.linear.few_rows import fastest
 

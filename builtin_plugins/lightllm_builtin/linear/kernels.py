@@ -5,10 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lightllm_builtin.triton_support import interpreted
-
-# Triton's interpreter (3.7 to 3.9) would multiply the bits of bfloat16 numbers
-WIDEN = tl.constexpr(interpreted())
+from lightllm_builtin.triton_product import product
 
 
 @triton.jit(do_not_specialize=["M"])  # it changes from step to step
@@ -25,9 +22,7 @@ def multiply(
         xs = tl.load(x + m[:, None] * x_row + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)
         mask = (n < N)[:, None] & (k < K)[None, :]
         w = tl.load(weight + n[:, None] * K + k[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
-        if WIDEN:
-            xs, w = xs.to(tl.float32), w.to(tl.float32)
-        total += tl.dot(xs, tl.trans(w), input_precision="ieee")
+        total += product(xs, tl.trans(w))
     if BIAS:
         total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     place = out + m.to(tl.int64)[:, None] * N + n[None, :]

@@ -10,20 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lightllm_builtin.triton_support import interpreted
+from lightllm_builtin.triton_product import product
 
 LOG2E = tl.constexpr(1.4426950408889634)
-
-# Triton's interpreter (3.7 to 3.9) would multiply the bits of bfloat16 numbers
-WIDEN = tl.constexpr(interpreted())
-
-
-@triton.jit
-def _product(a, b):
-    """a @ b in float32."""
-    if WIDEN:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit
@@ -91,7 +80,7 @@ def _part(length, window, BN: tl.constexpr, PARTS: tl.constexpr, LEAST: tl.const
 @triton.jit
 def _scores(q, keys, scale, SOFTCAP: tl.constexpr):
     """q [rows, BD] by keys [BN, BD] -> scaled, capped scores [rows, BN] in units of log2(e)."""
-    scores = _product(q, tl.trans(keys))
+    scores = product(q, tl.trans(keys))
     if SOFTCAP > 0.0:  # a bool: compiled, unlike interpreted, `if` takes no float
         # tanh, which Triton has for some devices only
         return (SOFTCAP * LOG2E) * (2 * tl.sigmoid(scores * (2 * scale / SOFTCAP)) - 1)
@@ -107,7 +96,7 @@ def _take_in(scores, values, top, total, sums):
     weights = tl.exp2(scores - safe_top[:, None])
     shrink = tl.exp2(top - safe_top)
     total = total * shrink + tl.sum(weights, 1)
-    sums = sums * shrink[:, None] + _product(weights.to(values.dtype), values)
+    sums = sums * shrink[:, None] + product(weights.to(values.dtype), values)
     return new_top, total, sums
 
 
