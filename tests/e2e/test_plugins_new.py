@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -60,15 +61,22 @@ def test_a_new_parser_is_installed_passes_its_tests_and_is_served(environment: E
 @pytest.mark.timeout(900)
 def test_new_plugins_of_every_kind_pass_their_tests_side_by_side(environment: Environment, tmp_path: Path) -> None:
     names = [f"my-{kind}" for kind in KINDS]
-    for name, kind in zip(names, KINDS, strict=True):
-        run(*environment.command(), "plugins", "new", name, "--kind", kind, "--into", "plugins", cwd=tmp_path)
+
+    def new(kind: str) -> None:
+        run(*environment.command(), "plugins", "new", f"my-{kind}", "--kind", kind, "--into", "plugins", cwd=tmp_path)
+
+    def tests(some: list[str]) -> str:
+        return run(str(environment.python), "-m", "pytest", *some, cwd=tmp_path)
+
+    cores = ThreadPoolExecutor(2)
+    list(cores.map(new, KINDS))
     homes = [f"./plugins/{name}" for name in names]
     install(environment, tmp_path, *homes)
     listed = json.loads(run(*environment.command(), "plugins", "--json", "--check", cwd=tmp_path))
     assert {plugin["name"]: plugin["status"] for plugin in listed if not plugin["builtin"]} == dict.fromkeys(
         names, "ok"
     )
-    tested = run(str(environment.python), "-m", "pytest", *homes, cwd=tmp_path)
+    tested = "".join(cores.map(tests, (homes[::2], homes[1::2])))
     for name in names:
         assert f"test_{name.replace('-', '_')}.py" in tested
     assert "skipped" not in tested
