@@ -118,20 +118,21 @@ def matrix_rate(device: str, dtype: torch.dtype, size: int) -> float:
 # The engine
 
 
+def release(device: str) -> None:
+    """Give back to the device the memory of what is no longer referred to: a pool is sized by what is free."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
 @contextmanager
 def engine(folder: Path, device: str, **settings: Any) -> Iterator[Engine]:
+    release(device)
     built = build_engine(Config(device=device, prefix_cache=False, **settings), Plugins.discover(quiet=True), folder)
     try:
         yield built
     finally:
         built.close()
-
-
-def release(device: str) -> None:
-    """Give the memory of what is no longer referred to back to the device, for other processes."""
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.empty_cache()
 
 
 def requests(count: int, tokens: int, vocabulary: int, **params: Any) -> list[Generate]:

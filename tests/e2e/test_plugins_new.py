@@ -68,15 +68,16 @@ def test_new_plugins_of_every_kind_pass_their_tests_side_by_side(environment: En
     def tests(some: list[str]) -> str:
         return run(str(environment.python), "-m", "pytest", *some, cwd=tmp_path)
 
-    cores = ThreadPoolExecutor(2)
-    list(cores.map(new, KINDS))
+    with ThreadPoolExecutor(2) as cores:
+        list(cores.map(new, KINDS))
     homes = [f"./plugins/{name}" for name in names]
     install(environment, tmp_path, *homes)
     listed = json.loads(run(*environment.command(), "plugins", "--json", "--check", cwd=tmp_path))
     assert {plugin["name"]: plugin["status"] for plugin in listed if not plugin["builtin"]} == dict.fromkeys(
         names, "ok"
     )
-    tested = "".join(cores.map(tests, (homes[::2], homes[1::2])))
+    with ThreadPoolExecutor(2) as cores:
+        tested = "".join(cores.map(tests, (homes[::2], homes[1::2])))
     for name in names:
         assert f"test_{name.replace('-', '_')}.py" in tested
     assert "skipped" not in tested

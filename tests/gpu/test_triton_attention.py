@@ -17,14 +17,13 @@ def test_decodes_and_prefills_are_attention(dtype: str) -> None:
     check_attention_backend(backend.TritonAttention, device="cuda", dtype=dtype)
 
 
-# some examples: kernels are compiled for each, about 2 s
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(step=steps(("bfloat16", "float16"), longest=300))
 def test_any_step(step: Step) -> None:
     check(backend.TritonAttention, step, device="cuda")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(step=steps(("bfloat16", "float16", "float32"), longest=300))
 def test_any_step_in_small_parts(step: Step) -> None:
     with pytest.MonkeyPatch.context() as patch:

@@ -82,23 +82,26 @@ class Product:
 def fastest(outputs: int, inputs: int, dtype: torch.dtype, device: torch.device) -> Product:
     """For a layer of this size, on this device: PyTorch's where there is no memory to try."""
     try:
-        tiles = {rows: _fastest(rows, outputs, inputs, dtype, device) for rows in ROWS}
+        tiles = _fastest(outputs, inputs, dtype, device)
     except torch.OutOfMemoryError:
         tiles = dict.fromkeys(ROWS)
     torch.cuda.empty_cache()  # what is free afterwards is what the KV cache gets
     return Product(tiles)
 
 
-def _fastest(rows: int, outputs: int, inputs: int, dtype: torch.dtype, device: torch.device) -> Tiles | None:
+def _fastest(outputs: int, inputs: int, dtype: torch.dtype, device: torch.device) -> dict[int, Tiles | None]:
     count = min(-(-READ_BYTES // (outputs * inputs * dtype.itemsize)), MOST_WEIGHTS)
     weights = [torch.randn(outputs, inputs, dtype=dtype, device=device) for _ in range(count)]
-    x = torch.randn(rows, inputs, dtype=dtype, device=device)
-    library = _milliseconds(F.linear, x, weights)
-    taken = {tiles: _milliseconds(Product(dict.fromkeys(ROWS, tiles)), x, weights) for tiles in CANDIDATES}
-    best = min(CANDIDATES, key=lambda tiles: taken[tiles])
-    gain = library / taken[best]
-    log.debug("%d -> %d, up to %d rows: %s, %.2f times as fast as the library", inputs, outputs, rows, best, gain)
-    return best if gain > GAIN else None
+    found: dict[int, Tiles | None] = {}
+    for rows in ROWS:
+        x = torch.randn(rows, inputs, dtype=dtype, device=device)
+        library = _milliseconds(F.linear, x, weights)
+        taken = {tiles: _milliseconds(Product(dict.fromkeys(ROWS, tiles)), x, weights) for tiles in CANDIDATES}
+        best = min(CANDIDATES, key=taken.__getitem__)
+        gain = library / taken[best]
+        log.debug("%d -> %d, up to %d rows: %s, %.2f times as fast as the library", inputs, outputs, rows, best, gain)
+        found[rows] = best if gain > GAIN else None
+    return found
 
 
 def _milliseconds(product: Callable[[Tensor, Tensor, None], Tensor], x: Tensor, weights: Sequence[Tensor]) -> float:
