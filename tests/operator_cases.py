@@ -85,3 +85,13 @@ def rotations(operators: Any, data: st.DataObject, dtype: torch.dtype, device: s
     close(found, TORCH.rotate(wide, (cos.double(), sin.double())), dtype, terms)
     assert torch.equal(found[..., 2 * half :], x[..., 2 * half :])
     assert torch.equal(packed, before)
+
+
+def gathers(operators: Any, data: st.DataObject, dtype: torch.dtype, device: str, longest: int) -> None:
+    tokens = data.draw(st.integers(1, 5))
+    x = data.draw(tensors((tokens, data.draw(st.integers(1, longest))), dtype, device))
+    chosen = data.draw(st.lists(st.integers(0, tokens - 1), max_size=7))
+    before = x.clone()
+    found = operators.gather(x, torch.tensor(chosen, dtype=torch.int64, device=device))
+    assert torch.equal(found, x[chosen])
+    assert torch.equal(x, before)

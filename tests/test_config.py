@@ -23,6 +23,7 @@ OPTIONS = {
     "host": ("0.0.0.0", "0.0.0.0"),
     "port": ("8001", 8001),
     "api_key": ("secret", "secret"),
+    "allowed_origins": ("https://a.example", ("https://a.example",)),
     "dtype": ("bfloat16", "bfloat16"),
     "device": ("cpu", "cpu"),
     "quantization": ("int8", "int8"),

@@ -244,7 +244,7 @@ def _build_worker(
     )
     rows = Rows(config.max_running_requests, max_model_len, slots, device)
     masks = Masks(grammars, vocab_size, device)
-    runner = Runner(ready, model, attention, sampler, processors, masks, rows, device, names)
+    runner = Runner(ready, model, layers.operators, attention, sampler, processors, masks, rows, device, names)
     if device.type == "cuda":
         report(Loading(stage="compiling kernels"))
         runner.warm()

@@ -45,6 +45,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     host: Annotated[str, Meta(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535, description="TCP port; 0 picks a free one")] = 8000
     api_key: Annotated[str | None, Meta(description="require this bearer token on /v1 and the other API routes")] = None
+    allowed_origins: Annotated[
+        tuple[str, ...],
+        Meta(description="let web pages of this origin call the server, * for all; may be given more than once"),
+    ] = ()
 
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],

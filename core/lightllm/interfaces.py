@@ -307,6 +307,9 @@ class Operators(Protocol):
         """The pairs (i, i + rotated / 2) of x [tokens, heads, head_dim] turned by cosines and signed sines
         [tokens, 1, rotated]: x * cos + roll(x, rotated / 2) * sin; dimensions past ``rotated`` are kept."""
 
+    def gather(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of x [tokens, size] by their numbers [rows] int64 -> [rows, size]: the hidden states that get logits."""
+
 
 class SamplingRow(Protocol):
     """One sequence about to get a token, as samplers and logits processors see it. Not to be modified."""

@@ -39,6 +39,11 @@ class DropsTheRest(TorchOperators):
         return super().rotate(x[..., : cos_sin[0].shape[-1]], cos_sin)
 
 
+class CountsFromTheEnd(TorchOperators):
+    def gather(self, x: Tensor, rows: Tensor) -> Tensor:
+        return super().gather(x.flip(0), rows)
+
+
 class Widens(TorchOperators):
     def gelu_mul(self, gate_up: Tensor) -> Tensor:
         return super().gelu_mul(gate_up).double()
@@ -50,6 +55,7 @@ WRONG = {
     GatesTheWrongHalf: "silu_mul",
     TurnsTheOtherWay: "rotate, 16 of 16",
     DropsTheRest: "rotate, 32 of 80",
+    CountsFromTheEnd: "gather",
     Widens: "in x's dtype",
 }
 

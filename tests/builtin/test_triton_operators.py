@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operator_cases import gates, norms, rotations
+from operator_cases import gates, gathers, norms, rotations
 
 from lightllm.testing import check_operators
 
@@ -44,12 +44,12 @@ def test_they_compute_what_their_contract_says(dtype: str) -> None:
 
 # numpy's: a sigmoid far below 0 is 1 / (1 + inf)
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
-@pytest.mark.parametrize(("check", "longest"), [(norms, 300), (gates, 200), (rotations, 140)])
+@pytest.mark.parametrize(("check", "longest"), [(norms, 300), (gates, 200), (rotations, 140), (gathers, 200)])
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data(), dtype=st.sampled_from(DTYPES))
 def test_any_shape_and_stride(check: Callable[..., None], longest: int, data: Any, dtype: torch.dtype) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(operators, "GATED", 64)  # a row is several programs'
+        patch.setattr(operators, "BLOCK", 64)  # a row is several programs'
         check(operators.TritonOperators(), data, dtype, "cpu", longest)
 
 
@@ -59,7 +59,7 @@ from compiled import Compiled
 from lightllm_builtin.triton_operators import kernels
 from lightllm_builtin.triton_operators.operators import TritonOperators
 
-each = {name: getattr(kernels, name) for name in ("rms_norm", "gate", "rotate")}
+each = {name: getattr(kernels, name) for name in ("rms_norm", "gate", "rotate", "gather")}
 for capability in (80, 90):
     for name, kernel in each.items():
         setattr(kernels, name, Compiled(kernel, capability))
@@ -70,6 +70,7 @@ for capability in (80, 90):
         TritonOperators().silu_mul(x)
         TritonOperators().gelu_mul(x)
         TritonOperators().rotate(x.view(2, 32, 128)[:, :8, :80], (x[:, None, :32], x[:, None, :32]))
+        TritonOperators().gather(x, torch.zeros(2, dtype=torch.int64))
 """
 
 
@@ -79,4 +80,4 @@ def test_they_compile_for_devices(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     compiled: list[Any] = [line.split()[0] for line in done.stdout.splitlines()]
-    assert compiled == ["rms_norm", "rms_norm", "gate", "gate", "rotate"] * 6
+    assert compiled == ["rms_norm", "rms_norm", "gate", "gate", "rotate", "gather"] * 6

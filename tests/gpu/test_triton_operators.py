@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operator_cases import close, gates, norms, rotations
+from operator_cases import close, gates, gathers, norms, rotations
 
 from lightllm.nn.operators import TorchOperators
 from lightllm.testing import check_operators
@@ -26,7 +26,7 @@ def test_they_compute_what_their_contract_says(dtype: str) -> None:
 
 
 # few examples: the kernels are compiled for each size
-@pytest.mark.parametrize(("check", "longest"), [(norms, 300), (gates, 200), (rotations, 140)])
+@pytest.mark.parametrize(("check", "longest"), [(norms, 300), (gates, 200), (rotations, 140), (gathers, 200)])
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(data=st.data(), dtype=st.sampled_from(DTYPES))
 def test_any_shape_and_stride(check: Callable[..., None], longest: int, data: Any, dtype: torch.dtype) -> None:

@@ -158,6 +158,37 @@ def test_ids_beyond_the_vocabulary_decode_to_nothing(server):
     assert server.post("/detokenize", tokens=[97, 257, 2**32 - 1, 98]).json() == {"prompt": "ab"}
 
 
+# --- browsers
+
+PREFLIGHT = {"access-control-request-method": "POST", "access-control-request-headers": "authorization, content-type"}
+
+
+def test_no_page_may_call_a_server_that_was_not_told_so(server):
+    for method in ("GET", "OPTIONS"):
+        answer = server.http.request(method, "/v1/models", headers={"origin": "https://a.example", **PREFLIGHT})
+        assert not [name for name in answer.headers if name.startswith("access-control-")]
+
+
+@pytest.mark.parametrize(
+    ("allowed", "seen"), [(("https://a.example", "http://localhost:3000"), "https://a.example"), (("*",), "*")]
+)
+def test_pages_of_an_allowed_origin_may_call(kit, allowed, seen):
+    origin = {"origin": "https://a.example"}
+    with kit.running(config=Config(allowed_origins=allowed, api_key="s3cret")) as server:
+        asked = server.http.options(CHAT, headers={**origin, **PREFLIGHT})  # browsers send no key with it
+        assert (asked.status_code, asked.headers["access-control-allow-origin"]) == (204, seen)
+        assert "POST" in asked.headers["access-control-allow-methods"]
+        assert {"authorization", "content-type"} <= set(asked.headers["access-control-allow-headers"].split(", "))
+        headers = {**origin, "authorization": "Bearer s3cret"}
+        for stream in (False, True):
+            body = {"messages": [{"role": "user", "content": "a"}], "stream": stream}
+            assert server.http.post(CHAT, json=body, headers=headers).headers["access-control-allow-origin"] == seen
+        wrong = server.http.get("/v1/models", headers=origin)
+        assert (wrong.status_code, wrong.headers["access-control-allow-origin"]) == (401, seen)  # the page sees why
+        other = server.http.options(CHAT, headers={"origin": "https://b.example", **PREFLIGHT})
+        assert ("access-control-allow-origin" in other.headers) == (seen == "*")
+
+
 # --- the API key
 
 

@@ -119,6 +119,26 @@ def test_no_stop_string_counts_before_min_tokens(server, kit):
     assert server.chat(stop="#", extra_body={"min_tokens": 3}).choices[0].message.content == "#a"
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 1000])
+def test_tokens_after_a_stop_string_are_not_counted(server, kit, at_once):
+    """However many had come by then, and whether they were one message or several."""
+    text = [ord(c) for c in "one#two" + "." * 100]
+
+    def script(prompt, params, index):
+        for i in range(0, len(text), at_once):
+            step = text[i : i + at_once]
+            logprobs = [kit.entry(token, 1) for token in step] if params.logprobs is not None else None
+            yield dict(tokens=step, logprobs=logprobs, finish="length" if i + at_once >= len(text) else None)
+
+    server.engine.script, server.engine.delay = script, None  # all of it is there at once
+    for stop, count in (("#", 4), ("#t", 5), ("one#two.", 8), ("none", len(text))):
+        answer = server.chat(stop=stop, logprobs=True)
+        assert answer.usage.completion_tokens == count
+        *_, last = server.chat(stop=stop, stream=True, stream_options={"include_usage": True})
+        assert last.usage.completion_tokens == count
+    assert server.chat(stop="#", extra_body={"min_tokens": 6}).usage.completion_tokens == len(text)
+
+
 def test_logprobs_are_openais(server):
     answer = server.chat(logprobs=True, top_logprobs=3).choices[0]
     content = answer.logprobs.content

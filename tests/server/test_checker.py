@@ -14,6 +14,7 @@ from lightllm.config import Config
 from lightllm.grammar import GrammarError
 from lightllm.plugins import Recipe
 from lightllm.server.checker import SECONDS, GrammarChecker
+from lightllm.server.protocol import ApiError
 
 COMMAND = [sys.executable, "-m", "lightllm", "check-grammars"]
 
@@ -97,6 +98,28 @@ def test_one_that_takes_too_long_ends_the_process_and_not_the_server():
         )
         assert not psutil.pid_exists(before)
         assert await verdict(checker, g.Regex("a+")) == ""
+
+    with_checker(work)
+
+
+def test_a_busy_machine_is_not_held_against_the_grammar(monkeypatch):
+    async def work(checker):
+        await checker.warm()
+        process = psutil.Process(checker._process.pid)
+        process.suspend()  # it gets no processor
+        checking = asyncio.create_task(verdict(checker, g.Regex("a+")))
+        await asyncio.sleep(2 * SECONDS)
+        assert not checking.done()
+        process.resume()
+        assert await checking == ""
+
+        process.suspend()
+        monkeypatch.setattr("lightllm.server.checker.PATIENCE_SECONDS", 0.2)
+        with pytest.raises(ApiError, match="in time") as caught:
+            await checker.check(g.Regex("b+"))
+        assert (caught.value.status, caught.value.headers) == (503, {"retry-after": "1"})
+        monkeypatch.undo()
+        assert await verdict(checker, g.Regex("b+")) == ""
 
     with_checker(work)
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import socket
 
 import msgspec
 import openai
@@ -240,6 +241,28 @@ def test_messages_without_a_template_are_refused_with_a_way_out(kit):
     with kit.running(chat_template=None) as server:
         assert "--chat-template" in error_of(server.post(), param="messages", code="no_chat_template")
         assert server.post(COMPLETIONS, prompt="a").status_code == 200
+
+
+def test_numbers_no_machine_holds_are_refused_in_few_words(server):
+    message = '{"role":"user","content":"a"}'
+    for digits in (20, 4300, 4301):
+        huge = "9" * digits
+        for field in (
+            f'"max_tokens":{huge}',
+            f'"logit_bias":{{"{huge}":1}}',
+            f'"stop_token_ids":[{huge}]',
+            f'"top_k":{huge}',
+        ):
+            answer = server.http.post(CHAT, content=f'{{"messages":[{message}],{field}}}')
+            assert answer.status_code == 400 and len(answer.text) < 300
+        assert server.http.post(COMPLETIONS, content=f'{{"prompt":[{huge}]}}').status_code == 400
+
+
+def test_a_body_that_breaks_off_is_the_clients_matter(server, caplog):
+    with socket.create_connection(("127.0.0.1", server.port)) as line:
+        line.sendall(f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{{".encode())
+    assert server.post().status_code == 200
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 # --- fields we do not honour

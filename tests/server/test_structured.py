@@ -21,6 +21,12 @@ def tool(name="f", strict=None, **parameters):
     return {"type": "function", "function": function if strict is None else {**function, "strict": strict}}
 
 
+def allowed(mode, *names):
+    """OpenAI's choice of several."""
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
 NAMED = {"type": "function", "function": {"name": "f"}}
 
 
@@ -167,6 +173,10 @@ def test_forced_calls_come_in_the_models_own_format(tooled):
     assert grammar_of(tooled, tools=tools, tool_choice="required", parallel_tool_calls=False) == one
     only_f = Qwen25Parser(tools[:1]).grammar(required=True, parallel=False)
     assert grammar_of(tooled, tools=tools, tool_choice=NAMED) == only_f
+    assert grammar_of(tooled, tools=tools, tool_choice=allowed("auto", "f")) is None
+    assert grammar_of(tooled, tools=tools, tool_choice=allowed("required", "g", "f")) == forced
+    several = Qwen25Parser(tools[:1]).grammar(required=True, parallel=True)
+    assert grammar_of(tooled, tools=tools, tool_choice=allowed("required", "f")) == several
 
 
 def test_strict_tools_are_held_to_their_schemas_once_a_call_begins(tooled):
@@ -194,6 +204,9 @@ CHOICES = [
     ({"tool_choice": NAMED}, "tool_choice", "only be used with tools"),
     ({"tool_choice": "required", "tools": []}, "tool_choice", "only be used with tools"),
     ({"tool_choice": NAMED, "tools": [tool("g")]}, "tool_choice", "'f'"),
+    ({"tool_choice": allowed("auto", "g"), "tools": [tool("f")]}, "tool_choice", "'g'"),
+    ({"tool_choice": allowed("auto"), "tools": [tool("f")]}, "tool_choice.allowed_tools.tools", ">= 1"),
+    ({"tool_choice": allowed("none", "f"), "tools": [tool("f")]}, "tool_choice.allowed_tools.mode", "none"),
     ({"tool_choice": "always", "tools": [tool()]}, "tool_choice", "none, auto, required"),
     ({"tool_choice": {"type": "function"}, "tools": [tool()]}, "tool_choice.function", "required"),
     ({"tool_choice": {"type": "custom", "function": {"name": "f"}}, "tools": [tool()]}, "tool_choice", "'custom'"),

@@ -59,3 +59,12 @@ def rotate(
     c = tl.load(cos + token * ROTATED + i, mask=turns, other=1.0).to(tl.float32)
     s = tl.load(sin + token * ROTATED + i, mask=turns, other=0.0).to(tl.float32)
     tl.store(out + (token * HEADS + head) * D + i, (value * c + other * s).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gather(x, rows, out, x_row, SIZE: tl.constexpr, B: tl.constexpr):
+    """``out`` = rows of x, each of SIZE. A program takes B of a row."""
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * B + tl.arange(0, B)
+    mask = i < SIZE
+    tl.store(out + row * SIZE + i, tl.load(x + tl.load(rows + row) * x_row + i, mask=mask), mask=mask)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lightllm_builtin.triton_operators import kernels
 
-GATED = 1024
-"""Elements of a row that a program gates."""
+BLOCK = 1024
+"""Elements of a row that a program gates or copies."""
 
 
 class TritonOperators:
@@ -38,8 +38,8 @@ class TritonOperators:
         rows, size = _rows(gate_up), gate_up.shape[-1] // 2
         out = torch.empty(*gate_up.shape[:-1], size, dtype=gate_up.dtype, device=gate_up.device)
         if len(rows):
-            kernels.gate[(len(rows), triton.cdiv(size, GATED))](
-                rows, out, rows.stride(0), SIZE=size, B=GATED, GELU=gelu
+            kernels.gate[(len(rows), triton.cdiv(size, BLOCK))](
+                rows, out, rows.stride(0), SIZE=size, B=BLOCK, GELU=gelu
             )
         return out
 
@@ -54,6 +54,13 @@ class TritonOperators:
                 x, cos, sin, out, x.stride(0), x.stride(1),
                 HEADS=heads, D=dim, ROTATED=cos.shape[-1], B=triton.next_power_of_2(dim), num_warps=1,
             )  # fmt: skip
+        return out
+
+    def gather(self, x: Tensor, rows: Tensor) -> Tensor:
+        x, size = _rows(x), x.shape[-1]
+        out = torch.empty(len(rows), size, dtype=x.dtype, device=x.device)
+        if len(rows):
+            kernels.gather[(len(rows), triton.cdiv(size, BLOCK))](x, rows, out, x.stride(0), SIZE=size, B=BLOCK)
         return out
 
 

@@ -21,7 +21,7 @@ from lightllm.engine.inputs import Inputs, Numbers, Rows
 from lightllm.engine.masks import Held, Masks
 from lightllm.engine.request import Generate, Logprobs, Ready, SamplingParams
 from lightllm.engine.scheduler import Plan, Result, Seq
-from lightllm.interfaces import AttentionBackend, LogitsProcessor, Sampler, WorkerLost
+from lightllm.interfaces import AttentionBackend, LogitsProcessor, Operators, Sampler, WorkerLost
 from lightllm.nn.transfer import Fetch, send
 
 log = logging.getLogger("lightllm.engine")
@@ -38,6 +38,7 @@ class Runner:
         self,
         ready: Ready,
         model: Any,
+        operators: Operators,
         attention: AttentionBackend,
         sampler: Sampler,
         processors: Mapping[str, LogitsProcessor],
@@ -48,6 +49,7 @@ class Runner:
     ) -> None:
         self.ready = ready
         self.model = model
+        self.operators = operators
         self.attention = attention
         self.sampler = sampler
         self.processors = processors
@@ -71,9 +73,13 @@ class Runner:
         """Compute a step that is nobody's, so that no request waits for kernels to be compiled."""
         spare, slot = self.rows.spare, self.rows.spare_slot
         two = Inputs([0, 0], [0, 1], [slot] * 2, [spare] * 2, [spare], [2], [1], [spare], [2])
-        hidden = self._hidden(two, Numbers(two.send(self.device), two))
+        numbers = Numbers(two.send(self.device), two)
+        hidden = self._hidden(two, numbers)
         params = SamplingParams(top_k=1, top_p=0.5)
-        self.sampler.sample(self._logits(hidden[1:]), [Seq(Generate(id="", prompt=[0], params=params), 0, 0, (), None)])
+        self.sampler.sample(
+            self._logits(self.operators.gather(hidden, numbers.ends)),
+            [Seq(Generate(id="", prompt=[0], params=params), 0, 0, (), None)],
+        )
 
     def start(self, plan: Plan) -> Callable[[], list[Result]]:
         """Begin one forward pass over the plan; what is given back waits for its results. Both raise `Wrong`, with the
@@ -119,7 +125,7 @@ class Runner:
             hidden = self._hidden(inputs, numbers)
             self._prompt_logprobs(hidden, plan, step)
             if sampled:
-                logits = self._logits(hidden if inputs.decodes else hidden[numbers.ends])
+                logits = self._logits(hidden if inputs.decodes else self.operators.gather(hidden, numbers.ends))
         if logits is not None:
             seqs = [seq for _, seq in sampled]
             logprobs = self._logprobs(logits, seqs)

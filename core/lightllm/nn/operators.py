@@ -31,3 +31,6 @@ class TorchOperators:
         if x.shape[-1] == rotated:
             return torch.addcmul(x * cos, x.roll(rotated // 2, -1), sin)
         return torch.cat((self.rotate(x[..., :rotated], cos_sin), x[..., rotated:]), -1)
+
+    def gather(self, x: Tensor, rows: Tensor) -> Tensor:
+        return x.index_select(0, rows)

@@ -91,23 +91,7 @@ class Choice:
         if self._job.nothing:
             self.finish = "length" if output.finish else None
             return Piece(self.index, [], [], self.finish)
-        # tokens too early to end the answer: no stop string is sought in them, however they arrive
-        free = max(0, self._job.params.min_tokens - 1 - self.generated) if self._stops else len(output.tokens)
-        self.generated += len(output.tokens) + (output.stop_token is not None)
-        text, rest = self._decode(output, 0, free), self._decode(output, free, len(output.tokens))
-        finish = output.finish
-        if finish is not None:
-            rest += self._decoder.close()
-        if self._stops is not None:
-            rest, stop = self._stops.push(rest)
-            text += rest
-            if stop is not None:
-                finish = "stop"
-            elif finish is not None:
-                text += self._stops.close()
-        else:
-            text += rest
-        self.finish = finish
+        text, self.finish = self._read(output) if self._stops is None else self._read_to_stop(output, self._stops)
         self._emitted += len(text)
         if self.texts is not None:
             self.texts.append(text)
@@ -115,9 +99,32 @@ class Choice:
             events: list[Event] = [Text(text)] if text else []
         else:
             events = self._parser.push(text)
-            if finish is not None:
+            if self.finish is not None:
                 events += self._parser.close()
-        return Piece(self.index, events, self._due(), finish)
+        return Piece(self.index, events, self._due(), self.finish)
+
+    def _read(self, output: Output) -> tuple[str, str | None]:
+        """The text to emit, and whether the answer ends with it."""
+        self.generated += len(output.tokens) + (output.stop_token is not None)
+        text = self._decode(output, 0, len(output.tokens))
+        return text if output.finish is None else text + self._decoder.close(), output.finish
+
+    def _read_to_stop(self, output: Output, stops: StopStrings) -> tuple[str, str | None]:
+        """The same. Token by token: those after a stop string that have come already are none of this answer's."""
+        text = ""
+        for i in range(len(output.tokens)):
+            self.generated += 1
+            piece, stop = self._decode(output, i, i + 1), None
+            if self.generated >= self._job.params.min_tokens:  # else it is too early to end the answer
+                piece, stop = stops.push(piece)
+            text += piece
+            if stop is not None:
+                return text, "stop"
+        if output.finish is None:
+            return text, None
+        self.generated += output.stop_token is not None
+        piece, stop = stops.push(self._decoder.close())
+        return (text + piece, "stop") if stop is not None else (text + piece + stops.close(), output.finish)
 
     def _decode(self, output: Output, start: int, end: int) -> str:
         tokens = output.tokens[start:end]
@@ -404,6 +411,10 @@ async def _while_connected(receive: Receive, work: Coroutine[Any, Any, None]) ->
         await asyncio.gather(working, watching, return_exceptions=True)
 
 
+_GONE = "client disconnected prematurely"
+"""What Litestar says, with a 500, of a body that did not come whole."""
+
+
 def api_error(error: Exception) -> ApiError:
     """What a client is told of an exception. What is our own fault is logged, under an id that the client gets."""
     if isinstance(error, ApiError):
@@ -412,6 +423,8 @@ def api_error(error: Exception) -> ApiError:
         return ApiError(
             f"The server cannot answer now: {error}", status=503, type="server_error", headers={"retry-after": "1"}
         )
+    if isinstance(error, HTTPException) and error.detail == _GONE:
+        return ApiError("The body ended too soon.")
     if isinstance(error, HTTPException) and error.status_code < 500:
         messages = {404: "There is no such path here.", 413: "The body is too large."}
         message = messages.get(error.status_code, error.detail or "The request cannot be handled.")

@@ -7,6 +7,7 @@ import importlib.metadata
 from typing import Any
 
 from litestar import Litestar, Request, Response, get, post
+from litestar.config.cors import CORSConfig
 from litestar.connection import ASGIConnection
 from litestar.handlers import BaseRouteHandler
 from litestar.types import ASGIApp
@@ -42,6 +43,7 @@ def create_app(state: ServerState) -> Litestar:
     refuse_collisions(api, state.routes)
     return Litestar(
         route_handlers=[*api, *state.routes],
+        cors_config=CORSConfig(allow_origins=list(origins)) if (origins := state.config.allowed_origins) else None,
         guards=[_key_guard(state.config.api_key)] if state.config.api_key else [],
         lifespan=list(state.lifespans),
         exception_handlers={Exception: _on_error},

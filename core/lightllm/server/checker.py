@@ -1,7 +1,8 @@
 """Checking grammars that clients send, in a process of its own.
 
 A compiler of grammars, given the right input, may take minutes, gigabytes, or its process with it. So nothing a client
-sent is compiled before a child process has done it in good time; one that has not is killed, and the next begins anew.
+sent is compiled before a child process has done it within its bounds; one that has not is killed, and the next begins
+anew. What is bounded is the child's own work: a busy machine is no fault of the grammar's.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import hashlib
 import os
 import resource
+import signal
 import sys
 import threading
 from asyncio.subprocess import PIPE, Process
@@ -20,9 +22,13 @@ import msgspec
 
 from lightllm.grammar import Grammar, GrammarError
 from lightllm.interfaces import GrammarBackend, UserError
+from lightllm.server.protocol import ApiError
 
 SECONDS = 0.8
-"""In which a grammar must be compiled, and tried."""
+"""Of processor time in which a grammar must be compiled, and tried."""
+
+PATIENCE_SECONDS = 20.0
+"""For a verdict, however busy the machine."""
 
 START_SECONDS = 60.0
 
@@ -49,7 +55,7 @@ class GrammarChecker:
         self._verdicts: OrderedDict[bytes, str] = OrderedDict()
 
     async def check(self, grammar: Grammar) -> None:
-        """Raises `GrammarError` where it cannot be compiled."""
+        """Raises `GrammarError` where it cannot be compiled, `ApiError` where it could not be found out."""
         message = _encode(grammar)
         key = hashlib.sha256(message).digest()
         verdict = self._verdicts.pop(key, None)
@@ -75,15 +81,17 @@ class GrammarChecker:
             await process.wait()
 
     async def _ask(self, message: bytes) -> str:
-        """The child's verdict. Raises `GrammarError` where there is none: next time it may have more luck."""
+        """The child's verdict. Raises for what it died of: next time it may have more luck."""
         process = await self._child()
         try:
-            return await asyncio.wait_for(_exchange(process, message), SECONDS)
+            return await asyncio.wait_for(_exchange(process, message), PATIENCE_SECONDS)
         except (asyncio.TimeoutError, TimeoutError):
             await self.close()
-            raise GrammarError(f"it takes longer than {SECONDS} s to compile") from None
+            raise _busy("the grammar could not be checked in time") from None
         except (OSError, EOFError):
             await self.close()
+            if process.returncode == -signal.SIGPROF:
+                raise GrammarError(f"it takes longer than {SECONDS} s to compile") from None
             raise GrammarError("compiling it takes too much memory, or more than the compiler can do") from None
         except asyncio.CancelledError:
             await self.close()  # its answer would be taken for the next one's
@@ -98,9 +106,15 @@ class GrammarChecker:
             except BaseException as error:
                 await self.close()
                 if isinstance(error, (asyncio.TimeoutError, TimeoutError, OSError, EOFError)):
-                    raise GrammarError("the process that checks grammars could not be started") from None
+                    raise _busy("the process that checks grammars could not be started") from None
                 raise
         return self._process
+
+
+def _busy(why: str) -> ApiError:
+    return ApiError(
+        f"The server cannot answer now: {why}", status=503, type="server_error", headers={"retry-after": "1"}
+    )
 
 
 async def _exchange(process: Process, message: bytes) -> str:
@@ -127,12 +141,14 @@ def serve_checks(make: Callable[[bytes], GrammarBackend]) -> None:
                 if backend is None and not problem:
                     backend = make(message)
                 elif backend is not None:
+                    signal.setitimer(signal.ITIMER_PROF, SECONDS)  # its signal ends the process
                     backend.compile(_decode(message))
             except Exception as error:
                 known = isinstance(error, (GrammarError, UserError))
                 verdict = str(error) if known else f"the grammar backend failed: {type(error).__name__}: {error}"
                 if backend is None:
                     problem = verdict
+            signal.setitimer(signal.ITIMER_PROF, 0)
             data = (verdict or problem).encode()
             answers.write(len(data).to_bytes(4, "big") + data)
             answers.flush()

@@ -5,9 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
-
-from msgspec import Meta
+from typing import Any
 
 from lightllm.engine.request import Logprobs, Ready
 from lightllm.interfaces import Text
@@ -19,6 +17,7 @@ from lightllm.server.protocol import (
     CompletionChoice,
     CompletionLogprobs,
     CompletionRequest,
+    Count,
     convert,
     encode_json,
     read_request,
@@ -33,7 +32,7 @@ DEFAULT_MAX_TOKENS = 16
 MAX_CHOICES = 2048
 """Prompts times n: as many prompts as OpenAI takes in one request."""
 
-TokenIds = list[Annotated[int, Meta(ge=0)]]
+TokenIds = list[Count]
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ async def completion(state: ServerState, body: bytes) -> Answer:
         params=params,
         n=n,
         stream=bool(request.stream),
-        include_usage=request.stream_options is not None and request.stream_options.include_usage,
+        include_usage=request.stream_options is not None and bool(request.stream_options.include_usage),
         stops=stop_strings(request),
         include_stop=bool(request.include_stop_str_in_output),
         skip_special_tokens=request.skip_special_tokens is not False,

@@ -90,7 +90,7 @@ async def chat_completion(state: ServerState, body: bytes) -> Answer:
         params=params,
         n=n,
         stream=bool(request.stream),
-        include_usage=request.stream_options is not None and request.stream_options.include_usage,
+        include_usage=request.stream_options is not None and bool(request.stream_options.include_usage),
         stops=stop_strings(request),
         include_stop=bool(request.include_stop_str_in_output),
         skip_special_tokens=_chosen(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
 from lightllm.server.protocol import ApiError, ChatRequest, Tool, convert
 from lightllm.server.schemas import check_schema
@@ -34,11 +35,21 @@ class _Name(msgspec.Struct, kw_only=True):
     name: str
 
 
-class _Named(msgspec.Struct, kw_only=True):
-    """``tool_choice`` when it is an object."""
+class _Named(msgspec.Struct, kw_only=True, tag_field="type", tag="function"):
+    """``tool_choice`` of one function, and what is listed in `_Allowed`."""
 
-    type: str
     function: _Name
+
+
+class _Some(msgspec.Struct, kw_only=True):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[_Named], Meta(min_length=1)]
+
+
+class _Allowed(msgspec.Struct, kw_only=True, tag_field="type", tag="allowed_tools"):
+    """``tool_choice`` of several functions."""
+
+    allowed_tools: _Some
 
 
 def read_tools(request: ChatRequest) -> Tools:
@@ -52,18 +63,26 @@ def read_tools(request: ChatRequest) -> Tools:
     if choice == "none":
         return Tools([], [], [], False, parallel)
     if isinstance(choice, str) and choice != "required":
-        raise ApiError("tool_choice is none, auto, required or a function.", param="tool_choice")
+        raise ApiError("tool_choice is none, auto, required, a function or allowed_tools.", param="tool_choice")
     if not tools:
         raise ApiError("tool_choice can only be used with tools.", param="tool_choice")
     if choice == "required":
         return Tools(tools, tools, everything, True, parallel)
-    named = convert(choice, _Named, "tool_choice")
-    if named.type != "function":
-        raise ApiError(f"tool_choice of type {named.type!r} is not supported, only 'function'.", param="tool_choice")
-    for i, tool in enumerate(tools):
-        if tool["function"]["name"] == named.function.name:
-            return Tools(tools, [tool], [i], True, False)  # a function that is named is called once
-    raise ApiError(f"There is no tool called {named.function.name!r} among the tools.", param="tool_choice")
+    if (kind := choice.get("type", "function")) not in ("function", "allowed_tools"):
+        raise ApiError(
+            f"tool_choice of type {kind!r} is not supported, only 'function' and 'allowed_tools'.", param="tool_choice"
+        )
+    chosen = convert(choice, _Named | _Allowed, "tool_choice")
+    numbers = {tool["function"]["name"]: i for i, tool in enumerate(tools)}
+    names = [named.function.name for named in ([chosen] if isinstance(chosen, _Named) else chosen.allowed_tools.tools)]
+    for name in names:
+        if name not in numbers:
+            raise ApiError(f"There is no tool called {name!r} among the tools.", param="tool_choice")
+    indices = sorted({numbers[name] for name in names})
+    callable = [tools[i] for i in indices]
+    if isinstance(chosen, _Named):  # which is called once
+        return Tools(tools, callable, indices, True, False)
+    return Tools(tools, callable, indices, chosen.allowed_tools.mode == "required", parallel)
 
 
 def check_tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]]:

@@ -31,6 +31,7 @@ def check_operators(
     for rows, size in product(ROWS, SIZES):
         check.norms(rows, size)
         check.gates(rows, size)
+        check.gathers(rows, size)
     for rows, (heads, head_dim, rotated) in product(ROWS, HEADS):
         check.rotations(rows, heads, head_dim, rotated)
 
@@ -67,6 +68,12 @@ class _Check:
             found = self.call(name, getattr(self.operators, name), gate_up)
             self.same(name, found, expected, gate_up)
 
+    def gathers(self, rows: int, size: int) -> None:
+        x = self.normal(5, 2, size)[:, 1]
+        chosen = torch.randint(5, (rows,), generator=self.random).to(self.device)
+        found = self.call("gather", self.operators.gather, x, chosen)
+        self.same("gather", found, x[chosen].double(), x, tolerance=0.0)
+
     def rotations(self, rows: int, heads: int, head_dim: int, rotated: int) -> None:
         x = self.normal(rows, heads + 2, head_dim)[:, 1:-1]  # as queries are a view of a packed projection
         angles = self.normal(rows, 1, rotated // 2, dtype=torch.float32)
@@ -90,18 +97,19 @@ class _Check:
             raise broken("operators leave their arguments as they are", f"{what} has changed one")
         return found
 
-    def same(self, what: str, found: Any, expected: Tensor, x: Tensor) -> None:
+    def same(self, what: str, found: Any, expected: Tensor, x: Tensor, tolerance: float | None = None) -> None:
+        tolerance = self.tolerance if tolerance is None else tolerance
         where = f"{what}; x is {list(x.shape)} {x.dtype}"
         if not isinstance(found, Tensor) or (found.shape, found.dtype) != (expected.shape, x.dtype):
             got = f"{list(found.shape)} {found.dtype}" if isinstance(found, Tensor) else shown(found)
             raise broken("operators answer in x's dtype", where, f"expected: {list(expected.shape)}", f"found: {got}")
         # relative where values are large, which products of normal ones now and then are
         off = ((found.double() - expected).abs() / expected.abs().clamp(min=1)).max().item() if found.numel() else 0.0
-        if not off <= self.tolerance:
+        if not off <= tolerance:
             raise broken(
                 "operators compute what their contract says",
                 where,
-                f"off by {off:.3g}, tolerance {self.tolerance:.3g}",
+                f"off by {off:.3g}, tolerance {tolerance:.3g}",
                 f"expected: {shown(expected.flatten()[:4].tolist())}, ...",
                 f"found:    {shown(found.flatten()[:4].tolist())}, ...",
             )

@@ -31,3 +31,6 @@ class ExamplePluginOperators:
         turning = x[..., :rotated].double()
         turned = turning * cos.double() + turning.roll(rotated // 2, -1) * sin.double()
         return torch.cat((turned.to(x.dtype), x[..., rotated:]), -1)
+
+    def gather(self, x: Tensor, rows: Tensor) -> Tensor:
+        return x[rows]
