@@ -9,6 +9,10 @@ import pytest
 
 from lightllm_builtin.sources.demo import demo_model as fetch_demo_model
 
+# As the engine's own process has it (`lightllm.engine.client.THREADS`): beside anything else that runs, a step of a tiny
+# model would otherwise take as long as threads spin. To be set before torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+
 if not any(Path("/dev").glob("nvidia[0-9]*")):
     # Without a device kernels run in Triton's interpreter, which has to be asked for before they are imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -9,11 +9,14 @@ from typing import Any
 
 import msgspec
 import pytest
+from checkpoints import write_checkpoint
 from safetensors.torch import save_file
 
 from lightllm import ModelInfo, ModelRecord, UserError, hookimpl
-from lightllm.assemble import open_checkpoint
+from lightllm.assemble import build_engine, open_checkpoint
 from lightllm.checks import Wrong
+from lightllm.config import Config
+from lightllm.engine.request import Generate, SamplingParams
 from lightllm.plugins import Plugins
 
 
@@ -30,6 +33,18 @@ def opened(folder: Path, complete: Any, architecture: str = "NestedForCausalLM")
 
 def flat(info: ModelInfo) -> ModelInfo:
     return msgspec.structs.replace(info, config=info.config | info.config["text_config"])
+
+
+def test_ends_that_the_model_cannot_write_are_none(tmp_path: Path) -> None:
+    """Logits have no place for them."""
+    write_checkpoint(tmp_path, "llama-gqa")
+    vocabulary = json.loads((tmp_path / "config.json").read_text())["vocab_size"]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, vocabulary, -1]}))
+    engine = build_engine(Config(device="cpu", max_total_tokens=100), Plugins.discover(quiet=True), tmp_path)
+    params = SamplingParams(max_tokens=3, min_tokens=2, temperature=0.0)
+    (answer,) = engine.generate(Generate(id="", prompt=[1, 2], params=params)).values()
+    assert answer.error is None and len(answer.tokens) >= 2
+    assert engine.scheduler.eos_token_ids == (7,)
 
 
 def test_a_model_plugin_completes_what_its_checkpoints_say(tmp_path: Path) -> None:

@@ -171,6 +171,7 @@ WRONG = {
     "not among the choices": (["--device", "gpu"], "--device: 'gpu' is not one of auto, cpu, cuda"),
     "no size": (["--kv-cache-memory", "4 cows"], "--kv-cache-memory: '4 cows' is not a size in bytes, such as 4GiB"),
     "empty": (["--api-key", ""], "--api-key: the value is empty"),
+    "beyond any number": (["--kv-cache-memory", "9" * 400], "is not a size in bytes"),
     "empty list": (["--no-plugin", ","], "--no-plugin: the value is empty"),
     "missing value": (["--port"], "--port: expected one argument"),
     "value for a flag": (["--prefix-cache=no"], "ignored explicit argument 'no'"),
@@ -204,6 +205,9 @@ def test_a_mistake_in_the_environment_names_the_variable() -> None:
         ("plugin_options = {}", "unknown key 'plugin_options'"),
         ('dtype = ["bf16"]', "config.toml: dtype: ['bf16'] is not one of auto, bfloat16"),
         ("model = 3", "config.toml: model: 3 is not a text"),
+        ('api_key = ""', "config.toml: api_key: the value is empty"),
+        ('served_model_name = ["a", ""]', "config.toml: served_model_name: the value is empty"),
+        ("plugin = []", "config.toml: plugin: the value is empty"),
     ],
 )
 def test_a_mistake_in_the_config_file_names_file_and_key(content: str, message: str, tmp_path: Path) -> None:

@@ -132,8 +132,8 @@ def build_engine(
     from lightllm.engine.scheduler import Scheduler
 
     weight_format, checkpoint, info = open_checkpoint(plugins, path)
-    eos_token_ids = info.eos_token_ids()
     vocab_size: int = info.config["vocab_size"]
+    eos_token_ids = tuple(id for id in info.eos_token_ids() if 0 <= id < vocab_size)  # others the model never writes
     # made when it is first needed: most servers never do
     grammars = Grammars(lambda: _grammar_backend(config, plugins, checkpoint.tokenizer(), vocab_size, eos_token_ids))
     device = _device(config)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from lightllm.engine.request import Ready, SamplingParams
     from lightllm.engine.scheduler import Plan, Result
-    from lightllm.nn.batch import Batch, KVPool
+    from lightllm.nn.batch import Batch, History, KVPool
     from lightllm.nn.layers import Linear, Make
 
 
@@ -318,7 +318,7 @@ class SamplingRow(Protocol):
     prompt: list[int]
     output: list[int]
     """The tokens generated so far; under a sampler that `overlaps <Sampler>`, all but the last few where the request
-    sets no penalty, no field of a logits processor and has no grammar."""
+    sets no field of a logits processor and has no grammar."""
     generated: int
     """How many there are."""
     index: int
@@ -333,12 +333,12 @@ class Sampler(Protocol):
     """Picks the next token of every row. Log-probabilities are the core's: taken before the sampler sees the logits."""
 
     overlaps: ClassVar[bool]
-    """Whether a step may begin before the tokens of the one before it are known: `sample` then looks at ``row.output``
-    for penalties only, and counts by ``row.generated``."""
+    """Whether a step may begin before the tokens of the one before it are known: `sample` then does not look at
+    ``row.output``, counts by ``row.generated``, and finds the tokens in ``history``."""
 
     def __init__(self) -> None: ...
 
-    def sample(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+    def sample(self, logits: torch.Tensor, rows: Sequence[SamplingRow], history: History) -> torch.Tensor:
         """logits [rows, vocabulary] float32, may be overwritten -> tokens [rows] int64 on the same device."""
 
 

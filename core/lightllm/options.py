@@ -77,8 +77,6 @@ class Option(msgspec.Struct, frozen=True, kw_only=True):
             value = [item for given in texts for item in (part.strip() for part in given.split(",")) if item]
         elif self.is_flag:
             value = {"yes": True, "on": True, "no": False, "off": False}.get(value.lower(), value.lower())
-        if value in ("", []):
-            raise UsageError(f"{source}: the value is empty")
         # Not strict, msgspec takes the text "null" for None: an API key of that name would open the server.
         is_text = isinstance(_plain_types(self.type)[0], msgspec.inspect.StrType)
         converted = self.convert(value, source, strict=is_text)
@@ -88,13 +86,15 @@ class Option(msgspec.Struct, frozen=True, kw_only=True):
 
     def convert(self, value: Any, source: str, *, strict: bool) -> Any:
         """Check a value against the option's type. Raises UsageError saying what is allowed."""
+        if value == "" or (isinstance(value, list) and (not value or "" in value)):
+            raise UsageError(f"{source}: the value is empty")  # an API key of no letters would open the server
         if self.key == "dtype" and isinstance(value, str):
             value = DTYPES.get(value, value)
         try:
             value = msgspec.convert(value, self.type, strict=strict)
             if self.key == "kv_cache_memory" and value is not None:
                 parse_size(value)
-        except (msgspec.ValidationError, ValueError):
+        except (msgspec.ValidationError, ValueError, OverflowError):
             raise UsageError(f"{source}: {value!r} is not {self.allowed()}") from None
         return value
 

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from lightllm.engine.request import SamplingParams
+from lightllm.nn.batch import History
 from lightllm.testing import check_sampler
 from lightllm.testing.rows import Row
 from lightllm.testing.samplers import unlike
@@ -30,7 +31,7 @@ def logits(seed: int, rows: int = 1, scale: float = 2.0) -> torch.Tensor:
 def draw(row_logits: torch.Tensor, count: int, **params: Any) -> torch.Tensor:
     """How often each token is drawn in ``count`` draws."""
     rows = [Row(SamplingParams(**params), seed=i) for i in range(count)]
-    tokens = StandardSampler().sample(row_logits.repeat(count, 1), rows)
+    tokens = StandardSampler().sample(row_logits.repeat(count, 1), rows, History.of(rows, "cpu"))
     return torch.bincount(tokens, minlength=row_logits.shape[-1])
 
 
@@ -76,7 +77,7 @@ def test_presence_and_frequency_penalties_are_openais() -> None:
     row = Row(SamplingParams(presence_penalty=0.5, frequency_penalty=0.25), prompt=[9, 9], output=[3, 3, 4])
     expected = torch.zeros(VOCABULARY)
     expected[3], expected[4] = -1.0, -0.75
-    StandardSampler().sample(values, [row])
+    StandardSampler().sample(values, [row], History.of([row], "cpu"))
     assert torch.allclose(values[0], expected)
 
 
@@ -84,7 +85,29 @@ def test_repetition_penalty_is_transformers() -> None:
     values = logits(4)
     row = Row(SamplingParams(repetition_penalty=1.7), prompt=[1, 2, 3], output=[4, 4])
     expected = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([[1, 2, 3, 4, 4]]), values.clone())
-    StandardSampler().sample(values, [row])
+    StandardSampler().sample(values, [row], History.of([row], "cpu"))
+    assert torch.allclose(values, expected)
+
+
+def test_penalties_count_each_rows_own_tokens_wherever_the_table_has_them() -> None:
+    """Rows of a table that is kept: in any order, with what earlier sequences left beyond their ends."""
+    random = torch.Generator().manual_seed(7)
+    table = torch.randint(VOCABULARY, (9, 30), generator=random).int()
+    places, ends, prompts = [5, 0, 8, 3], [0, 1, 17, 30], [0, 1, 9, 30]
+    rows = []
+    for place, end, prompt in zip(places, ends, prompts, strict=True):
+        tokens = table[place, :end].tolist()
+        params = SamplingParams(repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.25)
+        rows.append(Row(params, prompt=tokens[:prompt], unknown=end - prompt))  # what came out is only in the table
+    values = logits(6, rows=4)
+    expected = values.clone()
+    for i, (place, end, prompt) in enumerate(zip(places, ends, prompts, strict=True)):
+        output = table[place, prompt:end].tolist()
+        for token in {*output}:
+            expected[i, token] -= output.count(token) * 0.25 + 0.5
+        ids = table[place : place + 1, :end].long()
+        expected[i : i + 1] = RepetitionPenaltyLogitsProcessor(1.3)(ids, expected[i : i + 1].clone())
+    StandardSampler().sample(values, rows, History(table, torch.tensor(places)))
     assert torch.allclose(values, expected)
 
 

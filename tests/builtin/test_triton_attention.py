@@ -150,6 +150,7 @@ def test_compiled_they_fit_into_the_shared_memory_of_any_device() -> None:
         {"capability": 90, "dtype": "bfloat16", "heads": 8, "kv_heads": 4, "head_dim": 256, "softcap": 50.0},
         {"capability": 80, "dtype": "float16", "heads": 32, "kv_heads": 1, "head_dim": 64},
         {"capability": 89, "dtype": "float32", "heads": 16, "kv_heads": 8, "head_dim": 128},
+        {"capability": 89, "dtype": "float32", "heads": 32, "kv_heads": 1, "head_dim": 256},
     ]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(Path(__file__).parents[1] / "compiled.py"), *map(json.dumps, jobs)]
@@ -189,11 +190,13 @@ def test_what_is_shipped_as_measured_can_be_read() -> None:
 
 
 def test_it_says_where_it_can_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    def job(head_dim: int, device: str = "cuda", heads: int = 1) -> AttentionJob:
+    def job(head_dim: int, device: str = "cuda", heads: int = 1, dtype: str = "bfloat16") -> AttentionJob:
         spec = AttentionSpec(layer=0, heads=heads, kv_heads=1, head_dim=head_dim, scale=1.0)
-        return AttentionJob(layers=(spec,), device=device, dtype="bfloat16", max_model_len=1)
+        return AttentionJob(layers=(spec,), device=device, dtype=dtype, max_model_len=1)
 
     assert supports(job(256, heads=64)) is None
+    assert supports(job(128, heads=64, dtype="float32")) is None
+    assert supports(job(256, heads=64, dtype="float32")) == "64 heads share a kv head, more than 32"
     assert supports(job(512)) == "heads of 512 are larger than 256"
     assert supports(job(64, heads=71)) == "71 heads share a kv head, more than 64"
     monkeypatch.delenv("TRITON_INTERPRET")

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightllm.engine.request import SamplingParams
+from lightllm.nn.batch import History
 from lightllm.testing import check_sampler
 from lightllm.testing.rows import Row
 from lightllm.testing.samplers import wanted
@@ -31,7 +32,7 @@ TESTS = Path(__file__).parents[1]
 
 
 def sample(logits: torch.Tensor, rows: list[Row], sampler: Any = sampler.TritonSampler) -> list[int]:
-    return sampler().sample(logits.clone(), rows).tolist()
+    return sampler().sample(logits.clone(), rows, History.of(rows, "cpu")).tolist()
 
 
 def test_it_samples_as_requests_ask() -> None:
@@ -143,7 +144,7 @@ def test_logits_may_be_a_view() -> None:
     wide = torch.full((6, 100), 9.0)
     wide[:, 3:93] = logits
     for view in (logits.T.contiguous().T, wide[:, 3:93]):
-        assert sampler.TritonSampler().sample(view, rows).tolist() == sample(logits, rows)
+        assert sampler.TritonSampler().sample(view, rows, History.of(rows, "cpu")).tolist() == sample(logits, rows)
 
 
 def test_memory_that_is_not_written_shows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +159,8 @@ def test_memory_that_is_not_written_shows(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(torch, "empty", poison)
     logits = torch.randn(33, 50, generator=torch.Generator().manual_seed(1))
-    found = sampler.TritonSampler().sample(logits, [Row(SamplingParams(temperature=i % 3), seed=i) for i in range(33)])
+    rows = [Row(SamplingParams(temperature=i % 3), seed=i) for i in range(33)]
+    found = sampler.TritonSampler().sample(logits, rows, History.of(rows, "cpu"))
     assert 33 in poisoned
     assert found.min() >= 0 and found.max() < 50
 
@@ -200,6 +202,7 @@ COMPILE = """
 import torch
 from compiled import POINTERS, Compiled
 from lightllm.engine.request import SamplingParams
+from lightllm.nn.batch import History
 from lightllm.testing.rows import Row
 from lightllm_builtin.triton_sampling import kernels, sampler
 
@@ -207,7 +210,8 @@ POINTERS.setdefault(torch.float64, "*fp64")
 draw = kernels.draw
 for capability in (80, 90):
     kernels.draw = Compiled(draw, capability)
-    sampler.TritonSampler().sample(torch.zeros(2, 128_256), [Row(SamplingParams(top_k=5, top_p=0.9))] * 2)
+    rows = [Row(SamplingParams(top_k=5, top_p=0.9))] * 2
+    sampler.TritonSampler().sample(torch.zeros(2, 128_256), rows, History.of(rows, "cpu"))
 """
 
 

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import stat
+import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -140,6 +141,19 @@ def test_the_directory_is_private_and_goes_with_the_client(checkpoint: Path) -> 
 
     with_engine(checkpoint, use)
     assert not seen[0].exists()
+
+
+def test_a_deep_directory_for_temporary_files_is_no_place_for_sockets(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    client = EngineClient(start(checkpoint))
+    try:
+        assert len(str(client._directory)) < 50 and stat.S_IMODE(client._directory.stat().st_mode) == 0o700
+    finally:
+        client.close()
 
 
 def test_what_keeps_the_engine_from_starting_is_the_users_to_read(checkpoint: Path, tmp_path: Path) -> None:

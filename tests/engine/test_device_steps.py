@@ -3,12 +3,14 @@ sizes. A request gets the same answer all the same."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+import torch
 from checkpoints import write_checkpoint
 from traffic import run, same, traffic
 
@@ -17,6 +19,7 @@ from lightllm.config import Config
 from lightllm.engine.engine import Engine
 from lightllm.engine.graphs import batch_sizes
 from lightllm.engine.request import Generate, SamplingParams
+from lightllm.engine.runner import Entries
 from lightllm.grammar import Regex
 from lightllm.plugins import Plugins
 from lightllm.testing.checkpoints import write_tiny_llama
@@ -68,15 +71,24 @@ def test_steps_begun_before_the_last_ones_tokens_are_known(build: Build, seed: i
     assert stats.free_slots == slots and not overlapped.busy
 
 
-def test_two_steps_are_under_way_until_a_request_looks_back(build: Build) -> None:
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        ({"presence_penalty": 1.0, "repetition_penalty": 1.1}, [1, 2, 2]),
+        ({"prompt_logprobs": 0}, [3, 2, 2]),  # its own, and the one of the other's that was under way
+    ],
+    ids=["runs ahead", "looks back"],
+)
+def test_two_steps_are_under_way_until_a_request_looks_back(
+    build: Build, params: dict[str, Any], expected: list[int]
+) -> None:
     engine = build(overlap=True, max_total_tokens=500)
     engine.add(Generate(id="free", prompt=[1, 2, 3], params=SamplingParams(max_tokens=9, temperature=0.0)))
     assert engine.step().outputs == []
     assert [len(output.tokens) for output in engine.step().outputs] == [1]
-    penalized = SamplingParams(max_tokens=3, temperature=0.0, presence_penalty=1.0)
-    engine.add(Generate(id="penalized", prompt=[4, 5], params=penalized))
-    tokens = [sum(len(output.tokens) for output in engine.step().outputs) for _ in range(3)]
-    assert tokens == [3, 2, 2], "its own, and the one of the other's that was under way"
+    other = SamplingParams(max_tokens=3, temperature=0.0, **params)
+    engine.add(Generate(id="other", prompt=[4, 5], params=other))
+    assert [sum(len(output.tokens) for output in engine.step().outputs) for _ in range(3)] == expected
 
 
 def test_a_step_that_is_not_needed_is_not_planned(build: Build) -> None:
@@ -107,7 +119,7 @@ def test_a_grammar_is_kept_amid_sequences_that_run_ahead(build: Build, tmp_path:
 @pytest.mark.parametrize("late", [False, True])
 def test_a_failed_step_is_mended_or_told(build: Build, overlap: bool, late: bool) -> None:
     """It fails once, at its beginning or when its results are asked for: by then the next may have begun."""
-    requests = [r for r in traffic(0) if r.params.repetition_penalty == 1 and r.params.prompt_logprobs is None]
+    requests = [r for r in traffic(0) if r.params.prompt_logprobs is None]
     expected = run(build(max_total_tokens=2000), requests)
     engine = build(overlap=overlap, max_total_tokens=2000)
     start, begun = engine.executor.start, 0
@@ -133,6 +145,25 @@ def test_a_failed_step_is_mended_or_told(build: Build, overlap: bool, late: bool
     assert all("ConnectionError: the worker went" in (found[key].error or "") for key in lost)
     same({key: found[key] for key in found.keys() - lost}, {key: expected[key] for key in found.keys() - lost})
     assert engine.scheduler.stats().free_slots == 2000
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_step_that_fails_once_it_has_its_tokens_is_done_again(
+    build: Build, overlap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the tokens it began with, and not with those that it chose."""
+    requests = [r for r in traffic(0) if r.params.prompt_logprobs is None]
+    expected = run(build(max_total_tokens=2000), requests)
+    engine, calls, of = build(overlap=overlap, max_total_tokens=2000), itertools.count(), Entries.of
+
+    def out_of_memory(*arguments: Any) -> Entries:
+        if next(calls) in (3, 9):
+            raise torch.OutOfMemoryError("no room for log-probabilities")
+        return of(*arguments)
+
+    monkeypatch.setattr(Entries, "of", out_of_memory)
+    same(run(engine, requests), expected)
+    assert next(calls) > 9
 
 
 def test_decodes_replayed_at_padded_sizes(build: Build) -> None:

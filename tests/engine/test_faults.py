@@ -24,6 +24,7 @@ from lightllm.config import Config
 from lightllm.engine.engine import Engine
 from lightllm.engine.request import Generate, SamplingParams
 from lightllm.engine.scheduler import Plan
+from lightllm.nn.batch import History
 from lightllm.nn.operators import TorchOperators
 from lightllm.plugins import Plugins
 from lightllm_builtin.executor.local import LocalExecutor
@@ -49,10 +50,10 @@ class Attention(TorchAttention):
 
 
 class Sampler(StandardSampler):
-    def sample(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+    def sample(self, logits: torch.Tensor, rows: Sequence[SamplingRow], history: History) -> torch.Tensor:
         if any(len(row.prompt) + len(row.output) == UNLUCKY for row in rows):
             raise ZeroDivisionError("no chance")
-        return super().sample(logits, rows)
+        return super().sample(logits, rows, history)
 
 
 class Operators(TorchOperators):

@@ -6,6 +6,7 @@ import functools
 import json
 import re
 import threading
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,16 @@ def test_a_request_can_be_dropped_while_its_grammar_is_compiled(engine: Engine) 
     engine.abort(Abort(id="gone"))
     assert not engine.busy
     assert text(engine.generate(request("next", Fixed("yes")))["next", 0]) == "yes"
+
+
+def test_a_grammar_that_nobody_waits_for_any_more_is_not_compiled(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waiting: Future[list[Any]] = Future()
+    monkeypatch.setattr(engine._grammars, "compile", lambda *_: waiting)
+    engine.add(request("gone", Fixed("never")))
+    engine.abort(Abort(id="gone"))
+    assert waiting.cancelled()
 
 
 HOSTILE = [

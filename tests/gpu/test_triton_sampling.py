@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lightllm.engine.request import SamplingParams
+from lightllm.nn.batch import History
 from lightllm.testing import check_sampler
 from lightllm.testing.rows import Row
 from lightllm.testing.samplers import unlike, wanted
@@ -30,6 +31,11 @@ def logits(rows: int, size: int, dtype: torch.dtype) -> torch.Tensor:
     return (torch.randn(rows, size, device="cuda", generator=random) * 3).to(dtype).float()
 
 
+def sample(sampler: Any, values: torch.Tensor, rows: list[Row]) -> torch.Tensor:
+    found: torch.Tensor = sampler().sample(values, rows, History.of(rows, "cuda"))
+    return found
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("size", SIZES)
 def test_tokens_are_the_standard_samplers_where_the_order_is(size: int, dtype: torch.dtype) -> None:
@@ -38,8 +44,8 @@ def test_tokens_are_the_standard_samplers_where_the_order_is(size: int, dtype: t
     values = logits(512, size, dtype)
     menu: list[dict[str, Any]] = [{}, {"temperature": 0.5}, {"min_p": 0.05}, {"repetition_penalty": 1.3}]
     rows = [Row(SamplingParams(**menu[i % len(menu)]), prompt=[1, 2], output=[3], seed=i) for i in range(512)]
-    found = TritonSampler().sample(values.clone(), rows)
-    assert (found != StandardSampler().sample(values.clone(), rows)).sum() <= 2
+    found = sample(TritonSampler, values.clone(), rows)
+    assert (found != sample(StandardSampler, values.clone(), rows)).sum() <= 2
 
 
 @pytest.mark.parametrize(
@@ -49,7 +55,7 @@ def test_tokens_are_the_standard_samplers_where_the_order_is(size: int, dtype: t
 def test_draws_follow_the_distribution(size: int, params: dict[str, Any]) -> None:
     values = torch.randn(1, size, device="cuda", generator=torch.Generator("cuda").manual_seed(size)) * 4
     rows = [Row(SamplingParams(**params), seed=i) for i in range(1024)]
-    tokens = TritonSampler().sample(values.expand(1024, -1).contiguous(), rows)
+    tokens = sample(TritonSampler, values.expand(1024, -1).contiguous(), rows)
     counts = torch.bincount(tokens.cpu(), minlength=size)
     assert unlike(counts, wanted(values[0].cpu(), **params)) is None
 
@@ -57,6 +63,6 @@ def test_draws_follow_the_distribution(size: int, params: dict[str, Any]) -> Non
 def test_a_draw_does_not_depend_on_its_batch() -> None:
     values = logits(64, SIZES[1], torch.bfloat16)
     rows = [Row(SamplingParams(top_k=40, top_p=0.9), seed=i) for i in range(64)]
-    together = TritonSampler().sample(values.clone(), rows).tolist()
-    alone = [int(TritonSampler().sample(values[i : i + 1].clone(), rows[i : i + 1])) for i in range(64)]
+    together = sample(TritonSampler, values.clone(), rows).tolist()
+    alone = [int(sample(TritonSampler, values[i : i + 1].clone(), rows[i : i + 1])) for i in range(64)]
     assert together == alone

@@ -158,7 +158,7 @@ def test_every_page_is_built_and_nothing_else_is_published(site: Path) -> None:
 
 def test_a_page_shows_the_code_it_includes(site: Path) -> None:
     shown = re.sub(r"<[^>]*>", "", (site / "tutorials" / "sampler.html").read_text(encoding="utf-8"))
-    assert "def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -&gt; Tensor:" in shown
+    assert "def sample(self, logits: Tensor, rows: Sequence[SamplingRow], history: History) -&gt; Tensor:" in shown
     assert not any("--8&lt;--" in path.read_text(encoding="utf-8") for path in site.rglob("*.html"))
 
 

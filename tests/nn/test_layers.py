@@ -9,7 +9,9 @@ import torch
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from lightllm import ModelInfo
 from lightllm.nn.layers import Make
+from lightllm.nn.rope import context_length
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -45,3 +47,18 @@ def test_an_offset_is_added_without_rounding_the_sum() -> None:
         assert torch.equal(ours(x)[0], theirs(x))
         without = torch.nn.functional.rms_norm(x, (64,), (1 + theirs.weight), 1e-6)
         assert not torch.equal(without, theirs(x))
+
+
+@pytest.mark.parametrize(
+    ("scaling", "reach"),
+    [
+        ({"rope_type": "yarn"}, 256),  # the factor is what lies between the two lengths
+        ({"rope_type": "yarn", "factor": 8.0}, 512),
+        ({"rope_type": "linear", "factor": 2.0}, 512),
+        ({"rope_type": "llama3", "factor": 8.0}, 256),
+    ],
+)
+def test_positions_reach_as_far_as_they_were_stretched(scaling: dict[str, Any], reach: int) -> None:
+    parameters = {"original_max_position_embeddings": 64, **scaling}
+    config = {"max_position_embeddings": 256, "rope_parameters": parameters}
+    assert context_length(ModelInfo(path="", architecture="", config=config)) == reach

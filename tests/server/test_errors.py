@@ -243,6 +243,15 @@ def test_messages_without_a_template_are_refused_with_a_way_out(kit):
         assert server.post(COMPLETIONS, prompt="a").status_code == 200
 
 
+def test_text_that_the_model_has_no_embedding_for_is_refused(server):
+    """As of a token that was added to the tokenizer and not to the model."""
+    server.engine.ready = msgspec.structs.replace(server.engine.ready, vocab_size=ord("z"))
+    assert server.post(COMPLETIONS, prompt="y").status_code == 200
+    for path, param in ((CHAT, "messages"), (COMPLETIONS, "prompt")):
+        fields = {"messages": [{"role": "user", "content": "z"}]} if path == CHAT else {"prompt": "z"}
+        assert "122 is not in the model's vocabulary" in error_of(server.post(path, **fields), param=param)
+
+
 def test_numbers_no_machine_holds_are_refused_in_few_words(server):
     message = '{"role":"user","content":"a"}'
     for digits in (20, 4300, 4301):

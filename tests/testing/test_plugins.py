@@ -57,7 +57,7 @@ def test_a_file_is_a_plugin(tmp_path: Path) -> None:
         "from lightllm import SamplerRecord, hookimpl\n"
         "class Sampler:\n"
         "    overlaps = False\n"
-        "    def sample(self, logits, rows): ...\n"
+        "    def sample(self, logits, rows, history): ...\n"
         "@hookimpl\n"
         "def lightllm_samplers():\n"
         "    return [SamplerRecord(name='mine', target=f'{__name__}:Sampler')]\n"

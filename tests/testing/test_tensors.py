@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightllm import AttentionBackendRecord, AttentionSpec, LogitsProcessorRecord, ModelInfo
+from lightllm.nn.batch import History
 from lightllm.nn.layers import Inputs, Outputs
 from lightllm.nn.operators import TorchOperators
 from lightllm.testing import (
@@ -183,20 +184,20 @@ def with_rows(change: Callable[[Any], dict[str, Any]]) -> type:
     import msgspec
 
     class Changed(StandardSampler):
-        def sample(self, logits: Tensor, rows: Any) -> Tensor:
+        def sample(self, logits: Tensor, rows: Any, history: Any) -> Tensor:
             seen = []
             for row in rows:
                 copy = type(row)(**vars(row))
                 copy.params = msgspec.structs.replace(row.params, **change(row))
                 seen.append(copy)
-            return super().sample(logits, seen)
+            return super().sample(logits, seen, history)
 
     return Changed
 
 
 class Torch32(StandardSampler):
-    def sample(self, logits: Tensor, rows: Any) -> Tensor:
-        return super().sample(logits, rows).int()
+    def sample(self, logits: Tensor, rows: Any, history: Any) -> Tensor:
+        return super().sample(logits, rows, history).int()
 
 
 class Undecided(StandardSampler):
@@ -206,26 +207,35 @@ class Undecided(StandardSampler):
 class ByOutput(StandardSampler):
     """Counts what it can see."""
 
-    def sample(self, logits: Tensor, rows: Any) -> Tensor:
-        return super().sample(logits, [type(row)(**vars(row) | {"unknown": 0}) for row in rows])
+    def sample(self, logits: Tensor, rows: Any, history: Any) -> Tensor:
+        return super().sample(logits, [type(row)(**vars(row) | {"unknown": 0}) for row in rows], history)
+
+
+class PenalizesOutput(StandardSampler):
+    """Of which the last tokens may be missing."""
+
+    def sample(self, logits: Tensor, rows: Any, history: Any) -> Tensor:
+        return super().sample(logits, rows, History.of(rows, logits.device))
 
 
 class ByBatch(StandardSampler):
     """Its draws depend on the place in the batch."""
 
-    def sample(self, logits: Tensor, rows: Any) -> Tensor:
-        return super().sample(logits, [type(row)(**vars(row) | {"seed": row.seed + i}) for i, row in enumerate(rows)])
+    def sample(self, logits: Tensor, rows: Any, history: Any) -> Tensor:
+        changed = [type(row)(**vars(row) | {"seed": row.seed + i}) for i, row in enumerate(rows)]
+        return super().sample(logits, changed, history)
 
 
 class SeedOnly(StandardSampler):
-    def sample(self, logits: Tensor, rows: Any) -> Tensor:
-        return super().sample(logits, [type(row)(**vars(row) | {"index": 0, "output": []}) for row in rows])
+    def sample(self, logits: Tensor, rows: Any, history: Any) -> Tensor:
+        changed = [type(row)(**vars(row) | {"index": 0, "output": []}) for row in rows]
+        return super().sample(logits, changed, history)
 
 
 class Generator(StandardSampler):
     """A generator's state in place of a function."""
 
-    def sample(self, logits: Tensor, rows: Any) -> Tensor:
+    def sample(self, logits: Tensor, rows: Any, history: Any) -> Tensor:
         cold = [row.params.temperature == 0 for row in rows]
         drawn = torch.multinomial(torch.softmax(logits, -1), 1).squeeze(1)
         return torch.where(torch.tensor(cold), logits.argmax(-1), drawn)
@@ -242,7 +252,8 @@ class Generator(StandardSampler):
         (with_rows(lambda row: {"min_p": 0.0}), "draws follow the distribution"),
         (SeedOnly, "draws follow the distribution"),
         (ByBatch, "a draw is decided by (seed, index, generated)"),
-        (ByOutput, "a sampler that overlaps counts by row.generated, and does not look at row.output"),
+        (ByOutput, "a sampler that overlaps counts by row.generated, and finds the tokens in history"),
+        (PenalizesOutput, "a sampler that overlaps counts by row.generated, and finds the tokens in history"),
         (Undecided, "a sampler says on its class whether steps may overlap"),
         (Generator, "draws follow the distribution"),
         (with_rows(lambda row: {"logit_bias": {}}), "logit_bias is added before the choice"),

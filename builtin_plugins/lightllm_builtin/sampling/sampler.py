@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightllm import SamplingRow
+from lightllm.nn.batch import History
 from lightllm.nn.transfer import send
 
 GREEDY = 1e-5
@@ -27,8 +28,8 @@ class StandardSampler:
 
     overlaps: ClassVar[bool] = True
 
-    def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-        penalize(logits, rows)
+    def sample(self, logits: Tensor, rows: Sequence[SamplingRow], history: History) -> Tensor:
+        penalize(logits, rows, history)
         add_bias(logits, rows)
         if all(row.params.temperature < GREEDY for row in rows):
             return logits.argmax(-1)
@@ -116,28 +117,24 @@ def uniform(seed: int, choice: int, position: int) -> float:
     return (state >> 11) * 2.0**-53
 
 
-def penalize(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
+def penalize(logits: Tensor, rows: Sequence[SamplingRow], history: History) -> None:
     """Presence and frequency over the answer (OpenAI), repetition over all of it (CTRL, Keskar et al., 2019)."""
+    ends = [len(row.prompt) + row.generated for row in rows]
     additive = [i for i, r in enumerate(rows) if r.params.presence_penalty or r.params.frequency_penalty]
     if additive:
-        counts = _counts([rows[i].output for i in additive], logits)
+        where = send(additive, torch.int64, logits.device)
+        starts = [len(rows[i].prompt) for i in additive]
+        counts = history.counts(where, starts, [ends[i] for i in additive], logits.shape[-1])
         presence = _column([rows[i].params.presence_penalty for i in additive], logits)
         frequency = _column([rows[i].params.frequency_penalty for i in additive], logits)
-        logits[additive] -= counts * frequency + (counts > 0) * presence
+        logits[where] -= counts * frequency + (counts > 0) * presence
     repetition = [i for i, r in enumerate(rows) if r.params.repetition_penalty != 1]
     if repetition:
-        seen = _counts([[*rows[i].prompt, *rows[i].output] for i in repetition], logits) > 0
+        where = send(repetition, torch.int64, logits.device)
+        seen = history.counts(where, [0] * len(repetition), [ends[i] for i in repetition], logits.shape[-1]) > 0
         penalty = _column([rows[i].params.repetition_penalty for i in repetition], logits)
-        chosen = logits[repetition]
-        logits[repetition] = torch.where(seen, torch.where(chosen > 0, chosen / penalty, chosen * penalty), chosen)
-
-
-def _counts(sequences: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
-    """How often each token occurs: [sequences, vocabulary] float32."""
-    width = logits.shape[-1]
-    flat = [row * width + token for row, tokens in enumerate(sequences) for token in tokens]
-    counts = torch.bincount(send(flat, torch.int64, logits.device), minlength=len(sequences) * width)
-    return counts.view(len(sequences), width).to(torch.float32)
+        chosen = logits[where]
+        logits[where] = torch.where(seen, torch.where(chosen > 0, chosen / penalty, chosen * penalty), chosen)
 
 
 def add_bias(logits: Tensor, rows: Sequence[SamplingRow]) -> None:

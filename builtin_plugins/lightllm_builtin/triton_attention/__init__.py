@@ -18,7 +18,8 @@ def supports(job: AttentionJob) -> str | None:
     if largest > LARGEST_HEAD:
         return f"heads of {largest} are larger than {LARGEST_HEAD}"
     group = max(layer.heads // layer.kv_heads for layer in job.layers)
-    return None if group <= LARGEST_GROUP else f"{group} heads share a kv head, more than {LARGEST_GROUP}"
+    most = LARGEST_GROUP // 2 if job.dtype == "float32" and largest > 128 else LARGEST_GROUP
+    return None if group <= most else f"{group} heads share a kv head, more than {most}"
 
 
 @hookimpl

@@ -100,7 +100,8 @@ def _take_in(scores, values, top, total, sums):
     return new_top, total, sums
 
 
-@triton.jit
+# a batch's decodes may begin anywhere in a tensor, which is no reason to compile anew
+@triton.jit(do_not_specialize_on_alignment=["queries", "rows", "lengths"])
 def decode(
     q,
     pool_k,
@@ -173,7 +174,7 @@ def decode(
         tl.store(logsum + place, top + tl.log2(total), mask=(h < GROUP) & (begin < length))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["queries", "lengths"])
 def combine(
     partial,
     logsum,

@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from lightllm import SamplingRow
+from lightllm.nn.batch import History
 from lightllm.nn.transfer import send
 from lightllm_builtin.sampling.sampler import GREEDY, add_bias, penalize, uniform
 from lightllm_builtin.triton_sampling import kernels
@@ -30,8 +31,8 @@ class TritonSampler:
 
     overlaps: ClassVar[bool] = True
 
-    def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-        penalize(logits, rows)
+    def sample(self, logits: Tensor, rows: Sequence[SamplingRow], history: History) -> Tensor:
+        penalize(logits, rows, history)
         add_bias(logits, rows)
         greedy = [i for i, row in enumerate(rows) if row.params.temperature < GREEDY]
         if len(greedy) == len(rows):

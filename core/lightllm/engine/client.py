@@ -42,6 +42,9 @@ RESTARTS = 3
 
 STOP_SECONDS = 10.0
 
+LONGEST_NAME = 40
+"""Of a socket in a directory for temporary files."""
+
 THREADS = {"GOMP_SPINCOUNT": "30000"}
 """How long OpenMP's threads spin for each other before they sleep, unless the environment says. By default that is far
 longer, and where another program wants one of the cores a step takes 20 to 50 times as long: on 2 cores with one of
@@ -110,7 +113,10 @@ class EngineClient:
         self.stats = Stats()
         self._start = start
         self._on_loading = on_loading or (lambda _: None)
-        self._directory = Path(tempfile.mkdtemp(prefix="lightllm-"))  # mkdtemp makes it 0700: nobody else may connect
+        # a socket's path must be short
+        parent = "/tmp" if len(tempfile.gettempdir()) > zmq.IPC_PATH_MAX_LEN - LONGEST_NAME else None
+        # mkdtemp makes it 0700: nobody else may connect
+        self._directory = Path(tempfile.mkdtemp(prefix="lightllm-", dir=parent))
         self._ids = itertools.count()
         self._live: dict[str, Generation] = {}
         self._encoder = msgspec.msgpack.Encoder()

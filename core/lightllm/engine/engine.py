@@ -52,7 +52,8 @@ class Engine:
     def abort(self, request: Abort) -> None:
         """Forget a request, or one choice of it, and free its cache at once. No output follows."""
         if request.id in self._compiling and request.index is None:
-            del self._compiling[request.id]
+            _, future = self._compiling.pop(request.id)
+            future.cancel()
         self.scheduler.abort(request.id, request.index)
 
     @property

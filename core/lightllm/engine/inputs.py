@@ -87,31 +87,37 @@ class Numbers:
 
 
 class Rows:
-    """What is kept on the device for every running sequence, in the row that the scheduler gave it: its slots, and the
-    token it was given last. One more row is there for padding."""
+    """What is kept on the device for every running sequence, in the row that the scheduler gave it: its slots, its
+    tokens as far as they were computed, and the token it was given last. One more row is there for padding."""
 
     def __init__(self, rows: int, positions: int, spare_slot: int, device: torch.device) -> None:
         self.spare, self.spare_slot = rows, spare_slot
         self.table = zeros((rows + 1, positions), torch.int32, device)
         self.table[self.spare, 0] = spare_slot
+        self.tokens = zeros((rows + 1, positions), torch.int32, device)
         self.last = zeros((rows + 1,), torch.int64, device)
         self._device = device
         self._written: list[tuple[list[int], int]] = [([], 0)] * rows  # the list of slots that was written, up to where
 
     def prepare(self, items: Sequence[Item]) -> None:
-        """Write the slots of tokens before this step's that are not there yet: those found in the prefix cache."""
+        """Write the tokens before this step's, and their slots, that are not there yet: those found in the prefix
+        cache."""
         for item in items:
             slots, row = item.seq.slots, item.seq.row
             known, end = self._written[row]
             start = end if known is slots else 0
             if start < item.start:
-                self.table[row, start : item.start] = send(slots[start : item.start], torch.int32, self._device)
+                found = [*slots[start : item.start], *item.seq.tokens(start, item.start)]
+                self.table[row, start : item.start], self.tokens[row, start : item.start] = send(
+                    found, torch.int32, self._device
+                ).view(2, -1)
             self._written[row] = slots, item.start + item.count
 
     def batch(self, inputs: Inputs, numbers: Numbers, attention: AttentionBackend) -> tuple[Tensor, Batch]:
-        """The step's tokens and the rest of it, whose slots are written here. Can be captured."""
-        self.table.index_put_((numbers.owners, numbers.positions), numbers.slots.int())
+        """The step's tokens and the rest of it; tokens and slots are written here. Can be captured."""
         tokens = torch.where(numbers.tokens == UNKNOWN, self.last[numbers.owners], numbers.tokens)
+        self.table.index_put_((numbers.owners, numbers.positions), numbers.slots.int())
+        self.tokens.index_put_((numbers.owners, numbers.positions), tokens.int())
         batch = Batch(
             slots=numbers.slots,
             table=self.table,

@@ -22,12 +22,17 @@ from lightllm.engine.masks import Held, Masks
 from lightllm.engine.request import Generate, Logprobs, Ready, SamplingParams
 from lightllm.engine.scheduler import Plan, Result, Seq
 from lightllm.interfaces import AttentionBackend, LogitsProcessor, Operators, Sampler, WorkerLost
+from lightllm.nn.batch import History
 from lightllm.nn.transfer import Fetch, send
 
 log = logging.getLogger("lightllm.engine")
 
 LOGIT_ROWS = 256
 """Prompt log-probabilities are computed this many positions at a time: a whole vocabulary wide, they are large."""
+
+
+LONG = 512
+"""Tokens of a long prompt, for kernels."""
 
 
 class Runner:
@@ -70,16 +75,18 @@ class Runner:
 
     @torch.inference_mode()
     def warm(self) -> None:
-        """Compute a step that is nobody's, so that no request waits for kernels to be compiled."""
+        """Compute steps that are nobody's, so that no request waits for kernels to be compiled: a short prompt's and a
+        long one's, for which some take other tiles."""
         spare, slot = self.rows.spare, self.rows.spare_slot
-        two = Inputs([0, 0], [0, 1], [slot] * 2, [spare] * 2, [spare], [2], [1], [spare], [2])
-        numbers = Numbers(two.send(self.device), two)
-        hidden = self._hidden(two, numbers)
-        params = SamplingParams(top_k=1, top_p=0.5)
-        self.sampler.sample(
-            self._logits(self.operators.gather(hidden, numbers.ends)),
-            [Seq(Generate(id="", prompt=[0], params=params), 0, 0, (), None)],
-        )
+        nobody = Seq(Generate(id="", prompt=[0], params=SamplingParams(top_k=1, top_p=0.5)), 0, 0, (), None)
+        for size in (2, min(LONG, self.ready.max_model_len)):
+            inputs = Inputs(
+                tokens=[0] * size, positions=[*range(size)], slots=[slot] * size, owners=[spare] * size,
+                rows=[spare], lengths=[size], ends=[size - 1], sampled_rows=[spare], counts=[size],
+            )  # fmt: skip
+            numbers = Numbers(inputs.send(self.device), inputs)
+            logits = self._logits(self.operators.gather(self._hidden(inputs, numbers), numbers.ends))
+            self.sampler.sample(logits, [nobody], History(self.rows.tokens, numbers.sampled))
 
     def start(self, plan: Plan) -> Callable[[], list[Result]]:
         """Begin one forward pass over the plan; what is given back waits for its results. Both raise `Wrong`, with the
@@ -132,11 +139,11 @@ class Runner:
             self._process(logits, seqs, [result for result, _ in sampled])
             if masks is not None:
                 self.masks.apply(masks, logits, held)
-            tokens = self.sampler.sample(logits, seqs)
-            self.rows.last[rows] = tokens
+            tokens = self.sampler.sample(logits, seqs, History(self.rows.tokens, rows))
             step.sampled = [result for result, _ in sampled], step.fetch.take(tokens)
             for i, (values, top) in logprobs.items():
                 step.logprobs.append((sampled[i][0], Entries.of(values, tokens[i : i + 1], top, step.fetch)))
+            self.rows.last[rows] = tokens  # last: a step that fails before is done again, and needs what was there
         return step
 
     def _hidden(self, inputs: Inputs, numbers: Numbers) -> Tensor:

@@ -51,7 +51,7 @@ class Seq:
         self.followers: list[Seq] = []  # choices of the same request, waiting for this one to publish the prompt
         self.prompt_logprobs: list[Logprobs] | None = None
         self.wants_prompt = request.params.prompt_logprobs is not None and index == 0
-        self.looks_back = matcher is not None or self.wants_prompt or _looks_back(request.params)
+        self.looks_back = matcher is not None or self.wants_prompt or bool(request.params.extra)
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.output) + self.in_flight
@@ -411,9 +411,3 @@ class Scheduler:
 
 def _ahead(seq: Seq) -> int:
     return min(AHEAD, seq.params.max_tokens - len(seq.output))
-
-
-def _looks_back(params: SamplingParams) -> bool:
-    """Whether the logits depend on the tokens that were chosen before by more than the model."""
-    penalties = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
-    return bool(penalties or params.extra)

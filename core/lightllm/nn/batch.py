@@ -10,8 +10,42 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from lightllm.nn.transfer import send
+
 if TYPE_CHECKING:
-    from lightllm.interfaces import AttentionBackend, AttentionSpec
+    from lightllm.interfaces import AttentionBackend, AttentionSpec, SamplingRow
+
+
+@dataclass(frozen=True)
+class History:
+    """Prompt and output of the sequences about to get a token, on the device: also of the last tokens, which the host
+    may not know yet.
+
+    ``table``: [sequences that run, positions] int32, of which ``rows`` [sequences about to get a token] int64 are
+    theirs. What lies beyond a sequence's end is some token, or 0.
+    """
+
+    table: torch.Tensor
+    rows: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[SamplingRow], device: torch.device | str) -> History:
+        """By itself, for tests and measurements; ``rows`` know all their tokens."""
+        together = [[*row.prompt, *row.output] for row in rows]
+        table = torch.zeros(len(rows), max(map(len, together), default=0), dtype=torch.int32)
+        for i, tokens in enumerate(together):
+            table[i, : len(tokens)] = torch.tensor(tokens)
+        return cls(table.to(device), torch.arange(len(rows), device=device))
+
+    def counts(self, which: torch.Tensor, starts: Sequence[int], ends: Sequence[int], vocabulary: int) -> torch.Tensor:
+        """How often each token occurs: [which, vocabulary] float32. ``which``: [which] int64, numbers of the sequences
+        about to get a token; ``starts`` and ``ends``: of each, the positions that count."""
+        device = self.table.device
+        tokens = self.table[:, : max(ends)].index_select(0, self.rows[which]).long()
+        bounds = send([*starts, *ends], torch.int64, device).view(2, -1, 1)
+        position = torch.arange(tokens.shape[1], device=device)
+        counted = ((position >= bounds[0]) & (position < bounds[1])).float()
+        return counted.new_zeros(len(tokens), vocabulary).scatter_add_(1, tokens, counted)
 
 
 class KVPool:

@@ -29,7 +29,7 @@ def context_length(info: ModelInfo) -> int | None:
     p = rope_parameters(info)
     if trained is None or p["rope_type"] not in ("linear", "dynamic", "yarn"):
         return trained
-    if p["rope_type"] == "yarn":
+    if p["rope_type"] == "yarn" and p.get("factor"):
         trained = p["original_max_position_embeddings"] or trained
     return int(trained * float(p.get("factor") or 1.0))
 

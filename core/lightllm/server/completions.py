@@ -22,7 +22,7 @@ from lightllm.server.protocol import (
     encode_json,
     read_request,
 )
-from lightllm.server.sampling import budget, refuse_what_cannot_be, sampling_params, stop_strings
+from lightllm.server.sampling import budget, check_prompt, refuse_what_cannot_be, sampling_params, stop_strings
 from lightllm.server.state import ServerState
 from lightllm.server.structured import answer_wish, grammar_of
 
@@ -106,9 +106,7 @@ async def _prompts(state: ServerState, request: CompletionRequest, ready: Ready)
             prompt = Prompt(await state.encode(item, add_special_tokens=special), item)
         else:
             prompt = Prompt(convert(item, TokenIds, at), None)
-            beyond = max(prompt.tokens, default=0)
-            if beyond >= ready.vocab_size:
-                raise ApiError(f"Token id {beyond} is not in the vocabulary of {ready.vocab_size}.", param=at)
+        check_prompt(prompt.tokens, ready, at)
         if not prompt.tokens:
             raise ApiError("A prompt must not be empty.", param=at)
         prompts.append(prompt)

@@ -29,7 +29,7 @@ from lightllm.server.protocol import (
     encode_json,
     read_request,
 )
-from lightllm.server.sampling import budget, refuse_what_cannot_be, sampling_params, stop_strings
+from lightllm.server.sampling import budget, check_prompt, refuse_what_cannot_be, sampling_params, stop_strings
 from lightllm.server.state import ServerState
 from lightllm.server.structured import answer_wish, chat_grammar
 from lightllm.server.tools import Tools, read_tools
@@ -60,6 +60,7 @@ async def chat_completion(state: ServerState, body: bytes) -> Answer:
     tokens = await state.encode(prompt, add_special_tokens=bool(request.add_special_tokens))
     if not tokens:
         raise ApiError("The chat template made an empty prompt of these messages.", param="messages")
+    check_prompt(tokens, ready, "messages")
     asked = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
     max_tokens = budget(len(tokens), asked, ready.max_model_len, "messages")
     n = request.n or 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -110,6 +110,13 @@ def claimed(claims: Mapping[str, Validator | None], unknown: Mapping[str, Any]) 
 def stop_strings(request: Generating) -> tuple[str, ...]:
     stop = request.stop or ()
     return (stop,) if isinstance(stop, str) else tuple(stop)
+
+
+def check_prompt(tokens: Sequence[int], ready: Ready, what: str) -> None:
+    """A tokenizer may know tokens that the model has no embedding for."""
+    beyond = max(tokens, default=0)
+    if beyond >= ready.vocab_size:
+        raise ApiError(f"Token id {beyond} is not in the model's vocabulary of {ready.vocab_size}.", param=what)
 
 
 def budget(prompt: int, asked: int | None, max_model_len: int, what: str) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightllm.engine.request import SamplingParams
+from lightllm.nn.batch import History
 from lightllm.testing.rows import Row
 from lightllm.testing.rules import broken, resolve, shown
 
@@ -40,6 +41,13 @@ MENU: tuple[dict[str, Any], ...] = (
 )
 """Parameters that meet in one batch."""
 
+PENALTIES: tuple[dict[str, Any], ...] = (
+    {"temperature": 0.0, "presence_penalty": 1.0},
+    {"temperature": 0.0, "frequency_penalty": 1.0},
+    {"temperature": 0.0, "repetition_penalty": 2.0},
+)
+"""Parameters by which the likeliest token is not taken again where another is about as likely."""
+
 
 def check_sampler(sampler: Any, *, without: Collection[str] = (), device: str = "cpu", draws: int = DRAWS) -> None:
     """It draws from the distribution that a request's parameters describe, and a draw depends on its own row only.
@@ -62,7 +70,7 @@ def check_sampler(sampler: Any, *, without: Collection[str] = (), device: str = 
     menu = [params for params in MENU if not params.keys() & {*without}]
     check.independence(menu)
     if target.overlaps:
-        check.overlap([params for params in menu if not any(name.endswith("_penalty") for name in params)])
+        check.overlap([params for params in (*menu, *PENALTIES) if not params.keys() & {*without}])
     if "logit_bias" not in without:
         check.logit_bias()
     if "min_tokens" not in without:
@@ -76,7 +84,8 @@ class _Check:
         self.draws = draws
 
     def sample(self, logits: Tensor, rows: Sequence[Row]) -> list[int]:
-        tokens: list[int] = self.target().sample(logits.clone().to(self.device), rows).tolist()
+        history = History.of(rows, self.device)
+        tokens: list[int] = self.target().sample(logits.clone().to(self.device), rows, history).tolist()
         return tokens
 
     def logits(self, seed: int, rows: int = 1) -> Tensor:
@@ -86,7 +95,8 @@ class _Check:
         if not isinstance(getattr(self.target, "overlaps", None), bool):
             raise broken("a sampler says on its class whether steps may overlap", "overlaps: it is no bool")
         logits = self.logits(0, rows=3).to(self.device)
-        tokens = self.target().sample(logits, [Row(SamplingParams(), seed=i) for i in range(3)])
+        rows = [Row(SamplingParams(), seed=i) for i in range(3)]
+        tokens = self.target().sample(logits, rows, History.of(rows, self.device))
         what = (
             f"{list(tokens.shape)} {tokens.dtype} on {tokens.device}" if isinstance(tokens, Tensor) else shown(tokens)
         )
@@ -148,14 +158,20 @@ class _Check:
         """What a row has generated may not be known in full."""
         for trial, kind in enumerate([*menu, *menu, *menu]):
             params, logits = SamplingParams(**kind), self.logits(trial)
-            known = Row(params, prompt=[1, 2], output=[3, 4, 5], seed=trial)
+            best, second = logits[0].topk(2).indices.tolist()
+            logits[0, second] = logits[0, best] - 0.1
+            known = Row(params, prompt=[1, 2], output=[3, 4, best], seed=trial)
             unknown = Row(params, prompt=[1, 2], output=[3, 4], seed=trial, unknown=1)
-            tokens = self.sample(logits, [known]) + self.sample(logits, [unknown])
+            history = History.of([known], self.device)
+            tokens = [
+                int(self.target().sample(logits.clone().to(self.device), [row], history)) for row in (known, unknown)
+            ]
             if tokens[0] != tokens[1]:
                 raise broken(
-                    "a sampler that overlaps counts by row.generated, and does not look at row.output",
+                    "a sampler that overlaps counts by row.generated, and finds the tokens in history, not in "
+                    "row.output",
                     f"row: {kind or 'the defaults'}, generated=3",
-                    f"with output=[3, 4, 5] it drew {tokens[0]}, with output=[3, 4] {tokens[1]}",
+                    f"with output=[3, 4, {best}] it drew {tokens[0]}, with output=[3, 4] {tokens[1]}",
                 )
 
     def logit_bias(self) -> None:

@@ -13,22 +13,28 @@ from typing import ClassVar
 
 import torch
 from lightllm import SamplingRow
+from lightllm.nn.batch import History
 from torch import Tensor
 
 
 class ExamplePluginSampler:
     """`lightllm.Sampler`."""
 
-    overlaps: ClassVar[bool] = True  # what else there is to know of a row's tokens, `_penalize` alone asks
+    overlaps: ClassVar[bool] = True  # `row.output` may lack the last tokens then; `history` has them all
 
-    def sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-        return torch.stack([_choose(one, row) for one, row in zip(logits, rows, strict=True)])
+    def sample(self, logits: Tensor, rows: Sequence[SamplingRow], history: History) -> Tensor:
+        return torch.stack(
+            [
+                _choose(one, row, tokens[: len(row.prompt) + row.generated])
+                for one, row, tokens in zip(logits, rows, history.table[history.rows], strict=True)
+            ]
+        )
 
 
-def _choose(logits: Tensor, row: SamplingRow) -> Tensor:
-    """logits: [vocabulary] -> a token, []."""
+def _choose(logits: Tensor, row: SamplingRow, tokens: Tensor) -> Tensor:
+    """logits: [vocabulary], tokens: [prompt and output] -> a token, []."""
     params = row.params
-    _penalize(logits, row)
+    _penalize(logits, row, tokens)
     for token, bias in params.logit_bias.items():
         logits[token] += bias
     if row.generated < params.min_tokens:
@@ -48,16 +54,15 @@ def _choose(logits: Tensor, row: SamplingRow) -> Tensor:
     return tokens[(logits + noise.to(logits)).argmax()]
 
 
-def _penalize(logits: Tensor, row: SamplingRow) -> None:
+def _penalize(logits: Tensor, row: SamplingRow, tokens: Tensor) -> None:
     """Presence and frequency (OpenAI) are about the answer, repetition (Keskar et al., 2019) about the prompt, too."""
     params = row.params
     if params.repetition_penalty != 1:
-        seen = list({*row.prompt, *row.output})
+        seen = tokens.unique()
         chosen, penalty = logits[seen], params.repetition_penalty
         logits[seen] = torch.where(chosen > 0, chosen / penalty, chosen * penalty)
     if params.presence_penalty or params.frequency_penalty:
-        output = torch.tensor(row.output, dtype=torch.int64, device=logits.device)
-        counts = output.bincount(minlength=len(logits))
+        counts = tokens[len(row.prompt) :].bincount(minlength=len(logits))
         logits -= counts * params.frequency_penalty + (counts > 0) * params.presence_penalty
 
 
