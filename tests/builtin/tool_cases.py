@@ -915,9 +915,36 @@ PYTHONIC = [
     Case("undeclared beside declared", "[launch(a=(1)), search(q='x')]", "[launch(a=(1)),", [BOTH[1]]),
     Case("a position for a keyword", "[search('x')]", "[search('x')]", []),
     Case("an expression", "[search(q=open('x'))]", "[search(q=open('x'))]", []),
-    Case("an expression later", "[search(a=1, b=2 + 3)]", " + 3)]", [("search", '{"a": 1, "b": 2')]),
+    Case("an expression later", "[search(a=1, b=2 + 3)]", ", b=2 + 3)]", [("search", '{"a": 1')]),
+    Case(
+        "an expression that begins like a literal", "[search(q=None if 1 else 2)]", "[search(q=None if 1 else 2)]", []
+    ),
+    Case("a method of a literal", "[search(q='x'.upper())]", "[search(q='x'.upper())]", []),
+    Case("a comment", "[search(q='x'# it's\n)]", "[search(q='x'# it's\n)]", []),
+    Case("no comma", "[search(a=1 b=2)]", "[search(a=1 b=2)]", []),
+    Case(
+        "three quotes",
+        '[run_code(code="""print("hi")\nx=1\\"""""", b=\'\'\'\'), \\\'\'\'\', c=["""]"""])]',
+        "",
+        [("run_code", '{"code": "print(\\"hi\\")\\nx=1\\"", "b": "\'), \'", "c": ["]"]}')],
+    ),
+    Case("empty strings", "[search(a='', b=\"\", c='''''')]", "", [("search", '{"a": "", "b": "", "c": ""}')]),
+    Case("strings side by side", "[search(q='a'\n \"b\"'c', n=1)]", "", [("search", '{"q": "abc", "n": 1}')]),
+    Case(
+        "raw strings", "[search(q=r'\\d\\'' R\"\\n\", u=u'é')]", "", [("search", '{"q": "\\\\d\\\\\'\\\\n", "u": "é"}')]
+    ),
+    Case("bytes", "[search(q=b'x')]", "[search(q=b'x')]", []),
+    Case("a number beyond Python's", "[search(q=1e400)]", "", [("search", '{"q": 1e400}')]),
+    Case("JSON is kept", '[search(q=[ 1.50,{"a":null} ] )]', "", [("search", '{"q": [ 1.50,{"a":null} ]}')]),
+    Case("JSON's escape that is none to Python", '[search(q="\\/")]', "", [("search", '{"q": "\\\\/"}')]),
+    Case("depth", f"[search(q={'[' * 250}{']' * 250})]", "", [("search", f'{{"q": {"[" * 250}{"]" * 250}}}')]),
     Case("a set", "[search(q={1, 2})]", "[search(q={1, 2})]", []),
-    Case("too deep for Python", f"[search(q={'[' * 3000}{']' * 3000})]", f"[search(q={'[' * 3000}{']' * 3000})]", []),
+    Case(
+        "too deep for Python",
+        f"[search(q={'[' * 3000}'x'{']' * 3000})]",
+        f"[search(q={'[' * 3000}'x'{']' * 3000})]",
+        [],
+    ),
     Case("too many signs", f"[search(q={'-' * 20000}1)]", f"[search(q={'-' * 20000}1)]", []),
     Case("no keyword", "[search(='x')]", "[search(='x')]", []),
     Case("half a character", "[search(q='\\ud83d')]", "", [("search", '{"q": "\\ud83d"}')]),

@@ -37,10 +37,10 @@ FORMATS = frozenset(
 LONG = 64
 """Characters of a literal, and repetitions, from which on text that must come is no longer `modest`."""
 
-_MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 """Their keys are names, not keywords."""
 
-_REMARKS = frozenset({"title", "description", "default", "examples", "$comment", "deprecated", "readOnly", "writeOnly"})
+REMARKS = frozenset({"title", "description", "default", "examples", "$comment", "deprecated", "readOnly", "writeOnly"})
 _REFERENCES = frozenset({"$schema", "$id", "$ref"})
 _COUNTS = frozenset({"minItems", "minLength", "minProperties"})
 
@@ -68,14 +68,14 @@ def _clean(schema: Any) -> Any:
     _check_bounds(schema)
     out = {}
     for key, value in schema.items():
-        if key in _REMARKS or (key == "uniqueItems" and value is False):
+        if key in REMARKS or (key == "uniqueItems" and value is False):
             continue
         if key == "format" and isinstance(value, str) and value not in FORMATS:
             continue
         if key in ("const", "enum"):
             for literal in value if key == "enum" and isinstance(value, list) else [value]:
                 _check_literal(literal)
-        elif key in _MAPS and isinstance(value, dict):
+        elif key in MAPS and isinstance(value, dict):
             for name in value:
                 _check_literal(name)
             value = {name: _clean(inner) for name, inner in value.items()}
@@ -127,7 +127,7 @@ def _modest(schema: Any) -> bool:
 
 
 def _modest_keyword(key: str, value: Any) -> bool:
-    if key in _REMARKS or key in _REFERENCES:
+    if key in REMARKS or key in _REFERENCES:
         return True
     if key in _COUNTS:
         return isinstance(value, (int, float)) and value <= LONG
@@ -137,7 +137,7 @@ def _modest_keyword(key: str, value: Any) -> bool:
         return _short(value)
     if key == "enum" and isinstance(value, list):
         return all(map(_short, value))
-    if key in _MAPS and isinstance(value, dict):
+    if key in MAPS and isinstance(value, dict):
         fits = modest_pattern if key == "patternProperties" else _short
         return all(fits(name) and _modest(inner) for name, inner in value.items())
     return _short(key) and _modest(value)
