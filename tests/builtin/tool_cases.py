@@ -298,6 +298,30 @@ QWEN25 = [
         [],
     ),
     Case(
+        "a string that is more than an object",
+        '<tool_call>{"name": "search", "arguments": "{\\"q\\": 1} junk"}</tool_call>',
+        '<tool_call>{"name": "search", "arguments": "{\\"q\\": 1} junk"}</tool_call>',
+        [],
+    ),
+    Case(
+        "a string that is two objects",
+        '<tool_call>{"name": "search", "arguments": "{\\"q\\": 1}{}"}</tool_call>',
+        '<tool_call>{"name": "search", "arguments": "{\\"q\\": 1}{}"}</tool_call>',
+        [],
+    ),
+    Case(
+        "a string that is half an object",
+        '<tool_call>{"name": "search", "arguments": "{\\"q\\": [1}"}</tool_call>',
+        '<tool_call>{"name": "search", "arguments": "{\\"q\\": [1}"}</tool_call>',
+        [],
+    ),
+    Case(
+        "a string that is an object and space",
+        '<tool_call>{"name": "search", "arguments": " {\\"q\\": {\'a\': \\"}\\"}}\\n"}</tool_call>',
+        "",
+        [("search", ' {"q": {\'a\': "}"}}\n')],
+    ),
+    Case(
         "a string that is no object",
         '<tool_call>{"name": "search", "arguments": "Paris"}</tool_call>',
         '<tool_call>{"name": "search", "arguments": "Paris"}</tool_call>',
