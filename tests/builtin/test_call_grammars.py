@@ -275,7 +275,7 @@ def test_python_calls_keep_to_their_schema(schema: dict[str, Any], several: list
     schema = {"type": "object", **schema}
     parser = PythonicParser([tool("f", schema)])
     if several is None:
-        with pytest.raises(g.GrammarError, match="^f: "):
+        with pytest.raises(g.GrammarError, match=r"^f: "):
             parser.grammar(required=True, parallel=False)
         return
     grammar = parser.grammar(required=True, parallel=False)

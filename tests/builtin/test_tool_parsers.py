@@ -92,8 +92,10 @@ MARKERS = {
     "qwen25": ["<tool_call>", "</tool_call>", "<tool_", "call>"],
     "llama3": ["<|python_tag|>", "<|python_", "tag|>"],
     "mistral": ["[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "[TOOL_", "CALLS]", "search", "launch"],
-    "pythonic": ["[search(", "[launch(", "search(", "q='x'", "=", "(", ")", "'", "<|python_start|>", "<|python_end|>"]
-    + ["'''", '"""', "r'", "+", "#"],
+    "pythonic": [
+        *("[search(", "[launch(", "search(", "q='x'", "=", "(", ")", "'", "<|python_start|>", "<|python_end|>"),
+        *("'''", '"""', "r'", "+", "#"),
+    ],
 }
 
 

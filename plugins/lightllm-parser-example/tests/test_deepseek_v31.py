@@ -11,7 +11,15 @@ import pytest
 
 import lightllm_parser_example
 from lightllm import ModelInfo
-from lightllm.testing import Server, TextMatcher, check_call_grammar, check_plugin, check_tool_parser, serve, write_scripted
+from lightllm.testing import (
+    Server,
+    TextMatcher,
+    check_call_grammar,
+    check_plugin,
+    check_tool_parser,
+    serve,
+    write_scripted,
+)
 from lightllm_parser_example.parser import ARGUMENTS, BEGIN, CALL, CALL_END, END, MARKS, DeepSeekV31Parser
 
 # The part of deepseek-ai/DeepSeek-V3.1's chat template that writes calls, shortened.
