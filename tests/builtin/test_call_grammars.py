@@ -5,6 +5,7 @@ Walks: any way through a grammar, token by token, must be what the same parser t
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from builtin.test_grammar import bug
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
+from jsonschema.validators import validator_for
 
 from lightllm import CallArguments, CallGrammar, CallIds, CallStart, Event, Reasoning, ReasoningGrammar, Text
 from lightllm import grammar as g
@@ -25,6 +27,7 @@ from lightllm_builtin.reasoning.think import DeepSeekR1Parser, Qwen3Parser, Thin
 from lightllm_builtin.tool_parsers.calls import CallParser
 from lightllm_builtin.tool_parsers.llama3 import Llama3Parser
 from lightllm_builtin.tool_parsers.mistral import MistralParser
+from lightllm_builtin.tool_parsers.pythonic import PythonicParser
 from lightllm_builtin.tool_parsers.qwen25 import Qwen25Parser
 
 PARSERS = {"qwen25": Qwen25Parser, "llama3": Llama3Parser, "mistral": MistralParser}
@@ -233,6 +236,57 @@ def test_arguments_are_always_an_object(format: str, write: Any, parameters: Any
     assert not TOKENIZERS["tokens"].fits(grammar, write(format, ("f", arguments)))
 
 
+# --- keywords of Python
+
+NUMBER, TREE = {"type": "integer"}, {"n": {"type": "integer"}, "c": {"type": "array", "items": {"$ref": "#"}}}
+PYTHON = [
+    ({"additionalProperties": False}, ["", "x=1"]),
+    ({"additionalProperties": NUMBER}, ["", "x=1", 'x="a"', 'x=1, y="a"', "x=1, y=2"]),
+    ({"additionalProperties": {"$ref": "#"}, "description": "a tree"}, ["x={}", 'x={"y":{}}', "x=1", 'x={"y":1}']),
+    ({"properties": {"a": NUMBER, "b": False}}, ["", "a=1", 'a="x"', "b=1", "a=1, b=1"]),
+    ({"properties": {"b": False, "a b": False}}, ["", "b=1"]),
+    ({"properties": TREE, "required": ["n"], "additionalProperties": False},
+     ['n=1, c=[{"n":1}]', 'n=1, c=[{"n":1,"c":[{"n":2}]}]', "n=1, c=[[]]", "n=1, c=[{}]", 'n=1, c=[{"n":1,"d":1}]']),
+    ({"properties": {"a": NUMBER, "b": {"$ref": "#/properties/a"}}, "required": ["b"]}, ["b=1", 'b="a"', "b=1, a=2"]),
+    ({"properties": {"a": {"$ref": "#/$defs/s"}}, "$defs": {"s": {"$ref": "#/$defs/n"}, "n": NUMBER}, "$id": "http://a/b"},
+     ["a=1", 'a="x"']),
+    ({"properties": {"a": {"$ref": "#/properties/a/$defs/s", "$defs": {"s": NUMBER}}}}, ["a=1", 'a="x"']),
+    ({"properties": {"a": {"enum": [{"$ref": "#/x"}]}, "enum": {"$ref": "#/properties/a"}}},
+     ['a={"$ref":"#/x"}', 'a={"$ref":"#/$defs/arguments/x"}', 'enum={"$ref":"#/x"}', "enum={}"]),
+    ({"properties": {"a": {"properties": {"$ref": NUMBER}, "additionalProperties": {"$ref": "#/$defs/s"}}},
+      "$defs": {"s": {"type": "string"}}}, ['a={"$ref":1,"x":""}', 'a={"$ref":""}', 'a={"x":1}']),
+    ({"$schema": "http://json-schema.org/draft-07/schema#", "properties": {"a": {"type": "array", "items": [NUMBER]}}},
+     ["a=[1]", 'a=["x"]']),
+    ({"required": ["a"]}, None),
+    ({"properties": {"a": NUMBER}, "required": ["a", "b"]}, None),
+    ({"properties": {"a": NUMBER}, "dependentRequired": {"a": ["b"]}}, None),
+    ({"properties": {"a": NUMBER}, "dependentSchemas": {"a": {"required": ["b"]}}}, None),
+    ({"properties": {"a": NUMBER}, "dependencies": {"a": ["b"]}}, None),
+    ({"properties": {"a": NUMBER}, "propertyNames": {"pattern": "^x"}}, None),
+    ({"properties": {"a": NUMBER}, "unevaluatedProperties": NUMBER}, None),
+    ({"propertyNames": {"maxLength": 1}}, None),
+    ({"maxProperties": 1}, None),
+]  # fmt: skip
+"""What a schema says beside its type, and keyword arguments; None where the schema cannot be kept to."""
+
+
+@pytest.mark.parametrize(("schema", "several"), PYTHON, ids=lambda value: json.dumps(value)[:80])
+def test_python_calls_keep_to_their_schema(schema: dict[str, Any], several: list[str] | None) -> None:
+    schema = {"type": "object", **schema}
+    parser = PythonicParser([tool("f", schema)])
+    if several is None:
+        with pytest.raises(g.GrammarError, match=r"^f: "):
+            parser.grammar(required=True, parallel=False)
+        return
+    grammar = parser.grammar(required=True, parallel=False)
+    valid = validator_for(schema, Draft202012Validator)(schema).is_valid
+    for written in several:
+        call = ast.parse(f"f({written})", mode="eval").body
+        assert isinstance(call, ast.Call)
+        instance = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        assert TOKENIZERS["text"].fits(grammar, f"[f({written})]") == valid(instance), written
+
+
 def test_mistrals_ids_are_nine_letters_and_digits() -> None:
     parser = MistralParser(TOOLS)
     assert isinstance(parser, CallIds)
@@ -293,6 +347,7 @@ def test_whatever_is_written_freely_is_text_and_calls_that_keep_to_strict_schema
 
 OPEN, TAKEN, FREE = ["assistant\n<think>\n", "<｜Assistant｜><think>\nSo"], "<｜Assistant｜>", "assistant\n"
 SKIPPED = ["assistant\n<think>\n\n</think>\n\n", "<｜Assistant｜></think>"]
+ANSWERED = ["assistant\n<think>\nHm.\n</think>\nWell, ", "<｜Assistant｜></think>Well, "]
 THOUGHT = ["Hm.\n</think>\n\n", "</think>", "a <think </thin b\n\n\n</think>\n", " 天 yes {} </think>"]
 BOTH = [*(f"<think>{thought}" for thought in THOUGHT), ""]
 PROMPTS = [
@@ -300,6 +355,7 @@ PROMPTS = [
     *((DeepSeekR1Parser, prompt, THOUGHT, BOTH) for prompt in (*OPEN, TAKEN)),
     *((Qwen3Parser, prompt, BOTH, THOUGHT) for prompt in (FREE, *SKIPPED)),
     (DeepSeekR1Parser, SKIPPED[1], BOTH, THOUGHT),
+    *((kind, prompt, [""], THOUGHT + BOTH[:-1]) for kind in (Qwen3Parser, DeepSeekR1Parser) for prompt in ANSWERED),
 ]
 ANSWERS = [(OneOf((Fixed("yes"), Fixed("no"))), "yes"), (g.json(WEATHER), '{"city":"</t"}'), (Regex("a+\\s"), "aa\n")]
 
@@ -339,7 +395,7 @@ bits = st.sampled_from(["<think", "</think", "</", "<", "a", "天", " ", "\n", "
 def test_any_thought_may_come_before_any_answer(
     held: TextMatcher, data: st.DataObject, thought: str, breaks: int
 ) -> None:
-    kind, prompt, good, _ = data.draw(st.sampled_from(PROMPTS))
+    kind, prompt, good, _ = data.draw(st.sampled_from([case for case in PROMPTS if case[2] != [""]]))
     calling = grammar_of("qwen25", TOOLS[:2])
     text = walk(data, held, calling)
     opened = "" if good is THOUGHT else "<think>"

@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from jsonschema import Draft202012Validator
+from jsonschema import Draft4Validator, Draft202012Validator
 
 from lightllm import grammar as g
 from lightllm.grammar import Fixed, Grammar, Joined, Marker, OneOf, Regex, Repeated, Rules, Trigger, Triggered
@@ -238,6 +238,29 @@ def test_schemas_allow_what_jsonschema_allows(schema: dict[str, Any]) -> None:
     assert verdicts == {True, False}
 
 
+@pytest.mark.parametrize("flag", [True, False])
+@pytest.mark.parametrize("keys", [("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")])
+@pytest.mark.parametrize("named", [{}, {"$schema": Draft4Validator.META_SCHEMA["$schema"]}])
+def test_bounds_of_draft_4(named: dict[str, str], keys: tuple[str, str], flag: bool) -> None:
+    schema = {**named, "items": {"type": "integer", keys[0]: 1, keys[1]: flag}, "type": "array"}
+    for number in (0, 1, 2):
+        assert fits(g.json(schema), f"[{number}]") == Draft4Validator(schema).is_valid([number])
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "pattern": r"^[^\x00-\x1f]b[\x01c]\\x01$"},
+        {"type": "string", "pattern": "^[]\x01b]b[c\x01]\\\\x01$"},
+        {"type": "object", "properties": {"\x01": {"const": {"\x02": "\n"}}}, "required": ["\x01"]},
+    ],
+)
+def test_control_characters_that_need_not_be_written(schema: dict[str, Any]) -> None:
+    for instance in ("bbc\\x01", "bc", {"\x01": {"\x02": "\n"}}, {"\x01": {"": "\n"}}, {"": {"\x02": "\n"}}):
+        text = json.dumps(instance, separators=(",", ":"))
+        assert fits(g.json(schema), text) == Draft202012Validator(schema).is_valid(instance), text
+
+
 PATTERNS = [
     r"(ab|a)*b?",
     r"[a-c]{2,3}\.?",
@@ -299,6 +322,17 @@ REFUSED: list[tuple[Grammar, str]] = [
     (g.json({"type": "string", "pattern": "("}), ": unclosed group"),
     (Regex("a\\"), "ends with a backslash"),
     (g.json(3), "a JSON Schema is an object, true or false"),
+    (g.json({"type": "string", "minLength": True}), "got true"),
+    (g.json({"const": "a\x01b"}), "const: the control character U+0001 cannot be enforced"),
+    (g.json({"properties": {"a": {"enum": [1, [{"b": "\x7f"}]]}}}), "enum: the control character U+007F"),
+    *(
+        (g.json({"type": "string", "pattern": pattern}), "pattern: the control character U+00")
+        for pattern in ("a\x0bb", r"a\x01b", r"^\\\x1B\[", r"\u001f", "a[\x01]", r"[\x7f]b", r"a\vb", r"[ab]\u{1}")
+    ),
+    (
+        g.json({"type": "object", "patternProperties": {"^a\x01$": {}}}),
+        "patternProperties: the control character U+0001",
+    ),
 ]
 
 

@@ -20,6 +20,7 @@ PARSERS = {"deepseek_r1": DeepSeekR1Parser, "qwen3": Qwen3Parser}
 
 QWEN = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 DEEPSEEK = "<｜begin▁of▁sentence｜><｜User｜>Hi<｜Assistant｜>"
+GEMMA = "<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n"
 OPEN = "<think>\n"
 SKIPPED = "<think>\n\n</think>\n\n"
 
@@ -68,6 +69,15 @@ CASES = [
     # a tag in somebody's message opens nothing
     ("qwen3", QWEN.replace("Hi", "What is <think>?"), "Hello!", [Text("Hello!")]),
     ("qwen3", "<think>a</think>b" + QWEN, "Hello!", [Text("Hello!")]),
+    ("qwen3", "[INST] What does <think> do? [/INST]", "It opens.", [Text("It opens.")]),
+    ("qwen3", "[INST] <think> [/INST]", "A tag.", [Text("A tag.")]),
+    ("qwen3", GEMMA.replace("Hi", "What does <think> do?"), "It opens.", [Text("It opens.")]),
+    ("qwen3", GEMMA.replace("Hi", "<think>"), "A tag.", [Text("A tag.")]),
+    ("qwen3", GEMMA + "<think>I was", " saying.</think>Hello!", thought(" saying.", "Hello!")),
+    ("qwen3", "User: What does <think> do?\nAssistant:", " It opens.", [Text(" It opens.")]),
+    ("qwen3", "User: Hi\nAssistant: <think>", "Hm.</think>Hello!", thought("Hm.", "Hello!")),
+    ("qwen3", QWEN + OPEN + "About <think>, I", " was.</think>Hello!", thought(" was.", "Hello!")),
+    ("qwen3", QWEN + OPEN + "Hm.\n</think>\nHello", "\n<think>", [Text("\n<think>")]),
     # --- deepseek_r1: thought from the start
     ("deepseek_r1", DEEPSEEK, "Hm.\n</think>\n\nHello!", thought("Hm.", "Hello!")),
     ("deepseek_r1", DEEPSEEK, "<think>\nHm.\n</think>\n\nHello!", thought("Hm.", "Hello!")),
@@ -83,6 +93,10 @@ CASES = [
     ("deepseek_r1", DEEPSEEK.replace("Hi", "What is <think>?"), "Hm.</think>Hello!", thought("Hm.", "Hello!")),
     # V3.1 without thinking
     ("deepseek_r1", DEEPSEEK + "</think>", "Hello!", [Text("Hello!")]),
+    # an answer to be continued
+    ("deepseek_r1", DEEPSEEK + "<think>Hm.</think>The answer", " is 4.", [Text(" is 4.")]),
+    ("deepseek_r1", DEEPSEEK + "</think>The answer", " is </think>.", [Text(" is </think>.")]),
+    ("deepseek_r1", DEEPSEEK.replace("Hi", "And </think>?"), "Hm.</think>Hello!", thought("Hm.", "Hello!")),
     ("deepseek_r1", "", "Hm.</think>Hello!", thought("Hm.", "Hello!")),
 ]
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
+import warnings
 from contextlib import suppress
 from itertools import accumulate
 
 import pytest
 from builtin.tool_cases import CASES, DECLARED, PARIS, Case
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lightllm import CallArguments, CallStart, Event, Text
@@ -90,7 +92,10 @@ MARKERS = {
     "qwen25": ["<tool_call>", "</tool_call>", "<tool_", "call>"],
     "llama3": ["<|python_tag|>", "<|python_", "tag|>"],
     "mistral": ["[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "[TOOL_", "CALLS]", "search", "launch"],
-    "pythonic": ["[search(", "[launch(", "search(", "q='x'", "=", "(", ")", "'", "<|python_start|>", "<|python_end|>"],
+    "pythonic": [
+        *("[search(", "[launch(", "search(", "q='x'", "=", "(", ")", "'", "<|python_start|>", "<|python_end|>"),
+        *("'''", '"""', "r'", "+", "#"),
+    ],
 }
 
 
@@ -230,6 +235,47 @@ def test_python_literals_become_the_same_json(several: list[tuple[str, dict[str,
     assert [(name, json.loads(arguments)) for name, arguments in calls_of(events)] == several
 
 
+WRITTEN = ["", "r", "R", "u", "b", "f", "rb"], ["'", '"', "'''", '"""'], [
+    *"'\"a1,)](#é\n\r/", "\\\\", "\\'", '\\"', "\\n", "\\d", "\\/", "\\x41", "\\ud83d"
+]  # fmt: skip
+strings = st.tuples(*map(st.sampled_from, WRITTEN[:2]), st.lists(st.sampled_from(WRITTEN[2]), max_size=5).map("".join))
+others = [
+    *("1", "1e400", "-0", "0x1f", "1_000", "+3", "(1, 2)", "{'a': [None]}", "{1}", "[1e999]", "open('x')"),
+    *(" + ", "%", " if 1 else ", "x", " ", "\n", ".y", "[0]", "()", "not ", "-", "r"),
+]
+written = st.lists(
+    strings.map(lambda parts: f"{parts[0]}{parts[1]}{parts[2]}{parts[1]}") | st.sampled_from(others),
+    min_size=1,
+    max_size=4,
+).map("".join)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(value=written, before=st.sampled_from(["", "a=1, "]), sizes=st.lists(st.integers(1, 12), max_size=20))
+@example('"""print("hi")\nx=1"""', "", [])
+@example("'a'\n r'\\d' \"b\"", "a=1, ", [])
+@example("'it''s'", "", [])
+@example("None if 1 else 2", "", [])
+@example("2 + 3", "a=1, ", [])
+@example('"\\/"', "", [])
+def test_a_value_is_what_python_says_or_none(value: str, before: str, sizes: list[int]) -> None:
+    text = f"[search({before}q={value})]"
+    events = parse("pythonic", cut(text, sizes))
+    assert events == parse("pythonic", [text])
+    for _, arguments in calls_of(events):
+        json.loads(arguments if arguments.endswith("}") else arguments + "}")
+    with warnings.catch_warnings(), suppress(SyntaxError):
+        warnings.simplefilter("ignore")
+        tree = ast.parse(text, mode="eval").body
+        try:
+            expected = {keyword.arg: ast.literal_eval(keyword.value) for keyword in tree.elts[0].keywords}
+            made = [("search", json.loads(json.dumps(expected)))]
+        except (ValueError, TypeError):
+            assert calls_of(events) == ([("search", '{"a": 1')] if before else [])
+        else:
+            assert [(name, json.loads(arguments)) for name, arguments in calls_of(events)] == made
+
+
 # --- when events leave
 
 BEGINNINGS = {
@@ -249,8 +295,10 @@ def test_arguments_leave_while_they_are_written(format: str, beginning: str) -> 
 
 def test_python_arguments_leave_value_by_value() -> None:
     parser = PythonicParser(TOOLS)
-    assert parser.push("[search(q='x'") == [CallStart(0, "search"), CallArguments(0, '{"q": "x"')]
-    assert parser.push(", n=[1, 2]") == [CallArguments(0, ', "n": [1, 2]')]
+    assert parser.push("[search(q='x'") == []  # it may be an expression
+    assert parser.push(",") == [CallStart(0, "search"), CallArguments(0, '{"q": "x"')]
+    assert parser.push(" n=[1, 2] ") == []
+    assert parser.push(")") == [CallArguments(0, ', "n": [1, 2]}')]
 
 
 @formats

@@ -37,10 +37,23 @@ FORMATS = frozenset(
 LONG = 64
 """Characters of a literal, and repetitions, from which on text that must come is no longer `modest`."""
 
-_MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 """Their keys are names, not keywords."""
 
-_REMARKS = frozenset({"title", "description", "default", "examples", "$comment", "deprecated", "readOnly", "writeOnly"})
+_SCHEMAS = frozenset(
+    {
+        "additionalItems", "additionalProperties", "allOf", "anyOf", "contains", "else", "if", "items", "not", "oneOf",
+        "prefixItems", "propertyNames", "then", "unevaluatedItems", "unevaluatedProperties",
+    }
+)  # fmt: skip
+"""Where true is a schema."""
+
+_CONTROL = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
+"""Characters that llguidance drops from a literal, as `OPTIONS` allow no escape for them."""
+_ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|[xu]\{([0-9a-fA-F]+)\}|([av])|.)", re.DOTALL)
+_CLASS = re.compile(r"\\.|\[\^?\]?(?:[^]\\]|\\.)*\]", re.DOTALL)
+
+REMARKS = frozenset({"title", "description", "default", "examples", "$comment", "deprecated", "readOnly", "writeOnly"})
 _REFERENCES = frozenset({"$schema", "$id", "$ref"})
 _COUNTS = frozenset({"minItems", "minLength", "minProperties"})
 
@@ -65,23 +78,33 @@ def _clean(schema: Any) -> Any:
         return [_clean(inner) for inner in schema]
     if not isinstance(schema, dict):
         return schema
+    schema = dict(schema)
+    for bound, exclusive in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):  # as draft 4 has them
+        if isinstance(schema.get(exclusive), bool) and schema.pop(exclusive) and bound in schema:
+            schema[exclusive] = schema.pop(bound)
     _check_bounds(schema)
     out = {}
     for key, value in schema.items():
-        if key in _REMARKS or (key == "uniqueItems" and value is False):
+        if key in REMARKS or (key == "uniqueItems" and value is False):
             continue
         if key == "format" and isinstance(value, str) and value not in FORMATS:
             continue
         if key in ("const", "enum"):
             for literal in value if key == "enum" and isinstance(value, list) else [value]:
                 _check_literal(literal)
-        elif key in _MAPS and isinstance(value, dict):
+                for text in _strings(literal):
+                    _check_characters(key, text)
+        elif key == "pattern" and isinstance(value, str):
+            _check_characters(key, _fixed_characters(value))
+        elif key in MAPS and isinstance(value, dict):
             for name in value:
                 _check_literal(name)
+                if key == "patternProperties":
+                    _check_characters(key, _fixed_characters(name))
             value = {name: _clean(inner) for name, inner in value.items()}
         elif isinstance(value, int) and abs(value) > EXACT:
             raise GrammarError(f"{key} is beyond 2**53: that cannot be enforced exactly")
-        else:
+        elif value is not True or key in _SCHEMAS:
             value = _clean(value)
         out[key] = value
     return out
@@ -94,6 +117,21 @@ def _check_literal(value: Any) -> None:
         raise GrammarError("integers beyond 2**53 cannot be enforced exactly")
 
 
+def _check_characters(keyword: str, text: str) -> None:
+    if found := _CONTROL.search(text):
+        raise GrammarError(f"{keyword}: the control character U+{ord(found[0]):04X} cannot be enforced")
+
+
+def _fixed_characters(pattern: str) -> str:
+    """A pattern with its control characters spelt out and without its classes, but those of one character."""
+
+    def spelt(escape: re.Match[str]) -> str:
+        code = int(escape[1] or escape[2] or escape[3] or {"a": "7", "v": "b"}.get(escape[4], "20"), 16)
+        return chr(code) if code < 128 and _CONTROL.match(chr(code)) else escape[0]
+
+    return _CLASS.sub(lambda part: part[0][1] if len(part[0]) == 3 else "", _ESCAPE.sub(spelt, pattern))
+
+
 def _check_bounds(schema: dict[str, Any]) -> None:
     """llguidance lets an exclusive bound itself through where the other one is less than 1 away."""
     low, high = (
@@ -103,6 +141,14 @@ def _check_bounds(schema: dict[str, Any]) -> None:
     exclusive = "exclusiveMinimum" in schema or "exclusiveMaximum" in schema
     if low and high and exclusive and 0 < min(high) - max(low) < 1 and schema.get("type") != "integer":
         raise GrammarError("an exclusive bound less than 1 from the other bound cannot be enforced exactly")
+
+
+def _strings(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [text for inner in value for text in _strings(inner)]
+    return [value] if isinstance(value, str) else []
 
 
 def _integers(value: Any) -> list[int]:
@@ -127,7 +173,7 @@ def _modest(schema: Any) -> bool:
 
 
 def _modest_keyword(key: str, value: Any) -> bool:
-    if key in _REMARKS or key in _REFERENCES:
+    if key in REMARKS or key in _REFERENCES:
         return True
     if key in _COUNTS:
         return isinstance(value, (int, float)) and value <= LONG
@@ -137,7 +183,7 @@ def _modest_keyword(key: str, value: Any) -> bool:
         return _short(value)
     if key == "enum" and isinstance(value, list):
         return all(map(_short, value))
-    if key in _MAPS and isinstance(value, dict):
+    if key in MAPS and isinstance(value, dict):
         fits = modest_pattern if key == "patternProperties" else _short
         return all(fits(name) and _modest(inner) for name, inner in value.items())
     return _short(key) and _modest(value)

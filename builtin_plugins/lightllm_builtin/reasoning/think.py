@@ -15,9 +15,10 @@ from lightllm_builtin.tool_parsers.scan import SPACE, Machine, Steps, first_of
 
 _CLOSE = first_of("</think>")
 _REST = re.compile(r".+", re.DOTALL)
-_NOT_OPEN = re.compile(r"</think>|<[|｜]")
-"""After an opening tag in a prompt: the thought's end, or a special token of the chat format, which means that the tag
-was a part of somebody's message."""
+_FORMAT = re.compile(r"<[|｜]|</s>|<(?:start|end)_of_turn>|\[/[A-Z_]+\]")
+"""A special token of a chat format: tags before the last one were a part of somebody's message."""
+_OPENED = re.compile(r"(?:^|[>\]:\n])[ \t]*<think>|<think>\s*\Z")
+"""A tag that begins a message or ends the prompt; else it is spoken of."""
 
 
 class ThinkParser(Machine[Text | Reasoning]):
@@ -27,11 +28,14 @@ class ThinkParser(Machine[Text | Reasoning]):
     """Whether an answer begins in thought though neither it nor the prompt opens one."""
 
     def __init__(self, prompt: str) -> None:
-        _, tag, begun = prompt.rpartition("<think>")
-        opened = bool(tag) and not _NOT_OPEN.search(begun)
-        self._opened = opened
-        self._continues = opened and bool(begun.strip())
-        self._thinks = opened or (self.always_thinks and not prompt.rstrip().endswith("</think>"))
+        _, closed, rest = prompt.rpartition("</think>")
+        *before, last = _FORMAT.split(rest)
+        opened = _OPENED.search(last)
+        over = bool(closed) and not before
+        begun = last[opened.end() :] if opened else rest if over else ""
+        self._opened = opened is not None
+        self._continues = bool(begun.strip())
+        self._thinks = self._opened or (self.always_thinks and not over)
         self._kind: type[Text] | type[Reasoning] = Reasoning if self._thinks else Text
         self._held: list[str] = []  # whitespace that may be next to a tag
         super().__init__()
@@ -43,7 +47,7 @@ class ThinkParser(Machine[Text | Reasoning]):
             return thought
         if self._thinks:
             return Joined((Repeated(begin, most=1), thought))
-        return OneOf((Joined((begin, thought)), answer))
+        return answer if self._continues else OneOf((Joined((begin, thought)), answer))
 
     def _read(self) -> Steps[None]:
         source = self.source

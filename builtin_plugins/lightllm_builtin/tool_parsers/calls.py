@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 
 from lightllm import CallArguments, CallStart, Text, grammar
 from lightllm.grammar import Fixed, Grammar, Joined, Repeated
-from lightllm_builtin.tool_parsers.scan import JSON, SPACE, Fault, Machine, Steps
+from lightllm_builtin.tool_parsers.scan import JSON, SPACE, Fault, Machine, Scanner, Steps
 
 Event = Text | CallStart | CallArguments
 
@@ -251,7 +251,20 @@ def _object(value: str) -> str | None:
         text = value
     elif not text.strip():
         return "{}"
-    return text if text.lstrip().startswith("{") else None
+    return text if _is_object(text.strip()) else None
+
+
+def _is_object(text: str) -> bool:
+    """Whether it is one from its first character to its last, by its strings and brackets."""
+    parts: list[str] = []
+    source = Scanner()
+    source.ended = True
+    source.feed(text)
+    try:
+        next(source.value(parts.append), None)
+    except Fault:
+        return False
+    return text.startswith("{") and sum(map(len, parts)) == len(text)
 
 
 def without_surrogates(text: str) -> str:

@@ -1,7 +1,8 @@
 """Llama 3.2 (1B, 3B), Llama 4, ToolACE: ``[name(key='value', other=3), ...]``, a list of Python calls.
 
-Arguments are Python literals (true, false and null pass too) and must become JSON, so they leave value by value; a
-value that is no literal is a fault. Text around the list is content; ``<|python_start|>`` and ``<|python_end|>`` go.
+Arguments are Python literals (true, false and null pass too) and must become JSON, so they leave value by value, when
+the comma or the bracket after it shows that a value is whole; one that is no literal is a fault. Text around the list
+is content; ``<|python_start|>`` and ``<|python_end|>`` go.
 Reference: https://www.llama.com/docs/model-cards-and-prompt-formats/llama3_2/ and .../llama4/.
 """
 
@@ -11,15 +12,20 @@ import ast
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from lightllm import grammar
 from lightllm.grammar import Fixed, Grammar, GrammarError, Joined, OneOf, Regex, Repeated, Trigger, Triggered
+from lightllm_builtin.grammar import schemas
 from lightllm_builtin.tool_parsers.calls import COMMAS, CallParser, schema_of, several, without_surrogates
 from lightllm_builtin.tool_parsers.scan import PYTHON, Fault, Steps, first_of
 
 _NAME = re.compile(r"[-.\w]+")
+_AFTER = frozenset(",)")
+_JOINED = frozenset("\"'rRuU")
+"""What a string that is joined with what is before it, be it a prefix, begins with."""
 
 
 class PythonicParser(CallParser):
@@ -55,7 +61,7 @@ class PythonicParser(CallParser):
             yield from self.space()
             yield from self.expect("=")
             yield from self.space()
-            value = _json((yield from self.text_of(self.value())))
+            value = _json((yield from self.text_of(self._value())))
             if separator == "{":
                 self.start(name)
             self.arguments(f'{separator}"{key}": {value}')
@@ -65,6 +71,17 @@ class PythonicParser(CallParser):
             self.start(name, "{")
         self.arguments("}")
         self.drop()
+
+    def _value(self) -> Steps[None]:
+        """A literal, and the space after it, up to a comma or the bracket. Strings may be several, to be joined."""
+        while True:
+            yield from self.value()
+            yield from self.space()
+            char = yield from self.source.peek()
+            if char in _AFTER:
+                return
+            if char not in _JOINED:
+                raise Fault
 
     def grammar(self, *, required: bool, parallel: bool) -> Grammar:
         calls, triggers = [], []
@@ -83,46 +100,75 @@ class PythonicParser(CallParser):
 
 def _arguments(name: str, schema: Mapping[str, Any]) -> Grammar:
     """``key=value, ...``: first those that must be given, each in the schema's order. JSON's values are Python's."""
-    if clash := schema.keys() & _BEYOND:
+    if clash := schema.keys() - _UNDERSTOOD:
         raise GrammarError(f"{name}: {', '.join(sorted(clash))} cannot be kept to in calls of this model's form")
+    properties, must = schema.get("properties", {}), schema.get("required", ())
+    if absent := set(must) - properties.keys():
+        raise GrammarError(f"{name}: required arguments need a schema: {', '.join(sorted(absent))}")
+    value = _values(schema)
     if "properties" not in schema:
-        one = Joined((Regex("[a-zA-Z_][a-zA-Z0-9_]*"), Fixed("="), grammar.json({})))
+        others = schema.get("additionalProperties", True)
+        if others is False:
+            return Fixed("")
+        one = Joined((Regex("[a-zA-Z_][a-zA-Z0-9_]*"), Fixed("="), value(others)))
         return Repeated(Joined((one, Repeated(Joined((Fixed(", "), one))))), most=1)
-    shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
     given: dict[str, Grammar] = {}
-    for key, value in schema["properties"].items():
+    for key, inner in properties.items():
+        if inner is False and key not in must:
+            continue
         if not _NAME.fullmatch(key):
             raise GrammarError(f"{name}: an argument cannot be called {key!r} in calls of this model's form")
-        value = {**value, **shared} if isinstance(value, dict) else value
-        given[key] = Joined((Fixed(f"{key}="), grammar.json(value)))
-    must = [key for key in given if key in schema.get("required", ())]
-    if absent := set(schema.get("required", ())) - given.keys():
-        raise GrammarError(f"{name}: required arguments need a schema: {', '.join(sorted(absent))}")
+        given[key] = Joined((Fixed(f"{key}="), value(inner)))
+    first = [part for key in given if key in must for part in (Fixed(", "), given[key])][1:]
     may = [Repeated(Joined((Fixed(", "), given[key])), most=1) for key in given if key not in must]
-    if must:
-        first = [part for key in must for part in (Fixed(", "), given[key])][1:]
+    if first:
         return Joined((*first, *may))
     # whichever comes first has no comma before it
     ways = [Joined((given[key], *may[i + 1 :])) for i, key in enumerate(given)]
     return Repeated(OneOf(tuple(ways)), most=1) if ways else Fixed("")
 
 
-_BEYOND = frozenset(
-    {
-        "anyOf",
-        "oneOf",
-        "allOf",
-        "$ref",
-        "not",
-        "if",
-        "patternProperties",
-        "minProperties",
-        "maxProperties",
-        "enum",
-        "const",
-    }
-)
+_UNDERSTOOD = schemas.REMARKS | {
+    "type",
+    "properties",
+    "required",
+    "additionalProperties",
+    "$defs",
+    "definitions",
+    "$schema",
+    "$id",
+}
 """Keywords of an object as a whole."""
+
+
+def _values(schema: Mapping[str, Any]) -> Callable[[Any], Grammar]:
+    """The grammar of a part of ``schema``, in which references lead to where they lead in the whole."""
+    whole = {key: value for key, value in schema.items() if key not in ("$schema", "$id")}
+    shared = {"$schema": schema["$schema"]} if "$schema" in schema else {}
+    if (moved := _moved(whole)) != whole:
+        shared["$defs"] = {_WHOLE: moved}
+    return lambda part: grammar.json({**_moved(part), **shared} if isinstance(part, dict) else part)
+
+
+_WHOLE = "arguments"
+
+
+def _moved(schema: Any) -> Any:
+    """A copy for below ``#/$defs/arguments``."""
+    if isinstance(schema, list):
+        return [_moved(inner) for inner in schema]
+    if not isinstance(schema, dict):
+        return schema
+    out = {}
+    for key, value in schema.items():
+        if key == "$ref" and re.match("#(/|$)", str(value)):
+            value = f"#/$defs/{_WHOLE}{value[1:]}"
+        elif key in schemas.MAPS and isinstance(value, dict):
+            value = {name: _moved(inner) for name, inner in value.items()}
+        elif key not in ("const", "enum"):
+            value = _moved(value)
+        out[key] = value
+    return out
 
 
 class _Words(ast.NodeTransformer):
@@ -135,11 +181,19 @@ class _Words(ast.NodeTransformer):
 
 def _json(literal: str) -> str:
     """A Python literal as JSON. Raises `Fault`."""
+    if "\\/" not in literal:  # which is "\\\\/" to Python
+        with suppress(ValueError, RecursionError):
+            json.loads(literal, parse_constant=_no_value)
+            return literal.strip()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of escapes that Python does not know
-            tree = ast.parse(literal, mode="eval")
+            tree = ast.parse(f"({literal})", mode="eval")  # in brackets: it may go over lines
         text = json.dumps(ast.literal_eval(_Words().visit(tree)), ensure_ascii=False, allow_nan=False)
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         raise Fault from None
     return without_surrogates(text)
+
+
+def _no_value(constant: str) -> None:
+    raise ValueError(constant)

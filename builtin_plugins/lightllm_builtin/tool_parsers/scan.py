@@ -113,15 +113,23 @@ class Scanner:
             raise Fault
 
     def string(self, sink: Sink) -> Steps[None]:
-        """From the quote that is next to its partner; in between a backslash protects any character. Raises `Fault`."""
-        special = _STRING[self._text[self._at]]
-        start, self._at = self._at, self._at + 1
+        """From the quote that is next to its partner; in between a backslash protects any character. Raises `Fault`.
+
+        Python has strings between three quotes, too.
+        """
+        quote = self._text[self._at]
+        special = _STRING[quote]
+        tripled = self._syntax is PYTHON and (yield from self.literal(3 * quote, sink))
+        start, self._at = self._at, self._at + (not tripled)
         while True:
             found = special.search(self._text, self._at)
-            if found and found[0] != "\\":
-                self._at = found.end()
+            if found and found[0] == quote:
+                self._at = found.start() if tripled else found.end()
                 sink(self._text[start : self._at])
-                return
+                if not tripled or (yield from self.literal(3 * quote, sink)):
+                    return
+                start, self._at = self._at, self._at + 1
+                continue
             after = found.end() + 1 if found else len(self._text)
             if after < len(self._text):
                 self._at = after

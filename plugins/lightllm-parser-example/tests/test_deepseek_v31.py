@@ -11,7 +11,15 @@ import pytest
 
 import lightllm_parser_example
 from lightllm import ModelInfo
-from lightllm.testing import Server, check_call_grammar, check_plugin, check_tool_parser, serve, write_scripted
+from lightllm.testing import (
+    Server,
+    TextMatcher,
+    check_call_grammar,
+    check_plugin,
+    check_tool_parser,
+    serve,
+    write_scripted,
+)
 from lightllm_parser_example.parser import ARGUMENTS, BEGIN, CALL, CALL_END, END, MARKS, DeepSeekV31Parser
 
 # The part of deepseek-ai/DeepSeek-V3.1's chat template that writes calls, shortened.
@@ -104,6 +112,15 @@ def test_arguments_leave_as_they_come() -> None:
 
 def test_what_the_grammar_allows_is_read_as_calls() -> None:
     check_call_grammar(DeepSeekV31Parser, TOOLS)
+
+
+@pytest.mark.parametrize(("parameters", "any_object"), [(None, False), ({}, True), ({"type": "object"}, True)])
+def test_a_tool_without_parameters_takes_no_arguments(parameters: dict[str, Any] | None, any_object: bool) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    grammar = DeepSeekV31Parser(tools).grammar(required=True, parallel=False)
+    held = TextMatcher(special=MARKS)
+    assert held.fits(grammar, written(("f", "{}")))
+    assert held.fits(grammar, written(("f", '{"a":1}'))) == any_object
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,8 @@ class DeepSeekV31Parser:
 def _call(tool: Mapping[str, Any], *, required: bool) -> Grammar:
     function = tool["function"]
     held = required or function.get("strict")  # to its schema; else any object will do
-    parameters = function.get("parameters") or {"additionalProperties": False}
+    parameters = function.get("parameters")
+    if parameters is None:
+        parameters = {"additionalProperties": False}
     arguments = json({"type": "object", **parameters} if held else {"type": "object"})
     return Joined((Marker(CALL), Fixed(function["name"]), Marker(ARGUMENTS), arguments, Marker(CALL_END)))

@@ -100,5 +100,7 @@ class ExamplePluginParser:
 def _arguments(tool: Mapping[str, Any], *, strict: bool) -> Json:
     if not strict:
         return json({"type": "object"})
-    nothing = {"properties": {}, "additionalProperties": False}
-    return json({**(tool.get("parameters") or nothing), "type": "object"})
+    parameters = tool.get("parameters")
+    if parameters is None:
+        parameters = {"properties": {}, "additionalProperties": False}
+    return json({**parameters, "type": "object"})
