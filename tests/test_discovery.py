@@ -93,6 +93,34 @@ def test_what_only_an_extra_brings_is_no_fault(site: Site) -> None:
     assert report.warnings == ["good needs fast_thing, which is not installed (pip install 'good-dist[fast]')"]
 
 
+# --- damaged distributions
+
+DAMAGED = {
+    "no METADATA": (None, "good_dist 1.2"),
+    "no name": ("Metadata-Version: 2.1\nVersion: 1.3\n\n", "good_dist 1.3"),
+    "no version": ("Metadata-Version: 2.1\nName: good-dist\n\n", "good-dist 1.2"),
+    "nothing": ("", "good_dist 1.2"),
+    "no text": (b"\xff\xfe\x00", "good_dist 1.2"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_distributions_plugin_goes_by_what_is_known_of_it(site: Site, tmp_path: Path, case: str) -> None:
+    metadata, origin = DAMAGED[case]
+    site.install("good-dist", {"good": "good_module"}, {"good_module": GOOD, "good_work": WORK})
+    site.install("bad-dist", {"bad": "bad_module"}, {"bad_module": "import no_such_thing"})
+    for folder in ("good_dist", "bad_dist"):
+        path = tmp_path / f"{folder}-1.2.dist-info" / "METADATA"
+        path.unlink()
+        if metadata is not None:
+            path.write_bytes(metadata if isinstance(metadata, bytes) else metadata.encode())
+    plugins = Plugins.discover()
+    report = report_of("good", plugins)
+    assert (report.status, f"{report.distribution} {report.version}") == ("ok", origin)
+    assert "No module named 'no_such_thing'" in report_of("bad", plugins).reason
+    assert report_of("good", Plugins.discover(plugins.recipe)).status == "ok"
+
+
 # --- deprecation
 
 

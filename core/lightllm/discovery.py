@@ -118,14 +118,19 @@ def check_requires(module: object) -> None:
 
 
 def _described(dist: importlib_metadata.Distribution | None) -> tuple[str, str, list[str]]:
-    """Name, version and requirements. The library parses the whole METADATA, README and all, for each of them."""
+    """Name, version and requirements; what a damaged METADATA does not say, its folder's name does.
+
+    The library parses the whole METADATA, README and all, for each of them, and raises for a damaged one.
+    """
     if dist is None:
         return "?", "", []
-    text = dist.read_text("METADATA")
-    if text is None:  # an egg
-        return dist.name, dist.version or "", list(dist.requires or ())
-    fields = email.message_from_string(text.partition("\n\n")[0])
-    return fields["Name"], fields["Version"] or "", fields.get_all("Requires-Dist", [])
+    try:
+        text = dist.read_text("METADATA") or dist.read_text("PKG-INFO")  # an egg's
+    except (OSError, UnicodeDecodeError):
+        text = None
+    fields = email.message_from_string((text or "").partition("\n\n")[0])
+    name, _, version = Path(str(getattr(dist, "_path", "?"))).stem.partition("-")
+    return fields["Name"] or name, fields["Version"] or version, fields.get_all("Requires-Dist", [])
 
 
 def _import_point(point: importlib_metadata.EntryPoint, requires: Sequence[str], own: str) -> object:
