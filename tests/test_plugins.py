@@ -116,6 +116,11 @@ BROKEN = {
     "import error": ("import no_such_thing", "No module named 'no_such_thing'"),
     "syntax error": ("def (", "SyntaxError"),
     "leaves at import": ("raise SystemExit('bye')", "SystemExit: bye"),
+    "panics at import": ("class Panic(BaseException): pass\nraise Panic('poisoned')", "Panic: poisoned"),
+    "panics in a hook": (
+        "class Panic(BaseException): pass\n@hookimpl\ndef lightllm_models(): raise Panic('poisoned')",
+        "lightllm_models raised Panic: poisoned",
+    ),
     "wrong argument": ("@hookimpl\ndef lightllm_models(device): return []", "lightllm_models.*'device'"),
     "misspelt hook": ("@hookimpl\ndef lightllm_modles(): return []", "lightllm_modles. Did you mean lightllm_models"),
     "no decorator": ("def lightllm_models(): return []", "lightllm_models lacks the @hookimpl decorator"),

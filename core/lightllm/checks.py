@@ -33,8 +33,8 @@ RECORDS: Mapping[str, tuple[type[Record], type]] = MappingProxyType(
 )
 """Kind of record -> its type, and the contract of its target. The hook that lists a kind is ``lightllm_<kind>``."""
 
-Fault = (Exception, SystemExit)
-"""What a plugin's code may raise at us."""
+INTERRUPTS = (KeyboardInterrupt, GeneratorExit)
+"""What passes through us. All else that a plugin's code raises is its fault; a panic in Rust is no Exception."""
 
 
 class Wrong(Exception):
@@ -46,9 +46,9 @@ def blamed(who: str) -> Iterator[None]:
     """What a plugin's code raises within becomes a `Wrong` that names it. What speaks for itself passes."""
     try:
         yield
-    except (Wrong, interfaces.UserError, GrammarError):
+    except (Wrong, interfaces.UserError, GrammarError, *INTERRUPTS):
         raise
-    except Fault as error:
+    except BaseException as error:
         raise Wrong(f"{who} failed: {describe(error)}") from error
 
 
@@ -98,7 +98,9 @@ def check_target(target: str, contract: type | None = None) -> None:
     """Import it, and hold its members and what they can be called with against the contract."""
     try:
         found = import_target(target)
-    except Fault as error:
+    except INTERRUPTS:
+        raise
+    except BaseException as error:
         raise Wrong(f"{target} cannot be imported: {describe(error)}") from error
     if contract is None:
         return
