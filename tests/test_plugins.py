@@ -121,6 +121,10 @@ BROKEN = {
         "class Panic(BaseException): pass\n@hookimpl\ndef lightllm_models(): raise Panic('poisoned')",
         "lightllm_models raised Panic: poisoned",
     ),
+    "an exception without words": (
+        "class Mute(Exception):\n    def __str__(self): raise RuntimeError\nraise Mute",
+        "is broken: Mute",
+    ),
     "wrong argument": ("@hookimpl\ndef lightllm_models(device): return []", "lightllm_models.*'device'"),
     "misspelt hook": ("@hookimpl\ndef lightllm_modles(): return []", "lightllm_modles. Did you mean lightllm_models"),
     "no decorator": ("def lightllm_models(): return []", "lightllm_models lacks the @hookimpl decorator"),

@@ -152,7 +152,10 @@ def culprit(error: BaseException, parts: Mapping[type, str]) -> str | None:
 
 def describe(error: BaseException) -> str:
     """An exception in one line."""
-    text = " ".join(str(error).split())
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # its own __str__ fails
+        text = ""
     if isinstance(error, Wrong):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -136,6 +136,11 @@ class Plugins:
         """What another process needs to load the same."""
         return msgspec.structs.replace(self._recipe, loaded=self.loaded())
 
+    @property
+    def strict(self) -> bool:
+        """What is broken ends the start."""
+        return self._recipe.strict
+
     def loaded(self) -> dict[str, str]:
         """Name and origin of the plugins in service. Objects given for tests cannot be another process's."""
         return {plugin.name: plugin.origin for plugin in self._active() if plugin.target}
