@@ -104,6 +104,8 @@ class Plugins:
             wanted = recipe.loaded is None or not plugin.target or recipe.loaded.get(plugin.name) == plugin.origin
             if plugin.name in recipe.blocked or not wanted:
                 plugin.status = "blocked"
+                if plugin.asked_for and plugin.name in recipe.blocked:
+                    self._warn(f"plugin {plugin.label} is blocked by --no-plugin, though --plugin names it")
             elif plugin.name in taken:
                 self._break(plugin, f"the name {plugin.name!r} is already taken by {taken[plugin.name].label}")
             else:
