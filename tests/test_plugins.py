@@ -123,7 +123,7 @@ BROKEN = {
     ),
     "an exception without words": (
         "class Mute(Exception):\n    def __str__(self): raise RuntimeError\nraise Mute",
-        "is broken: Mute",
+        "Mute",
     ),
     "wrong argument": ("@hookimpl\ndef lightllm_models(device): return []", "lightllm_models.*'device'"),
     "misspelt hook": ("@hookimpl\ndef lightllm_modles(): return []", "lightllm_modles. Did you mean lightllm_models"),
@@ -160,6 +160,14 @@ BROKEN = {
     "a slash in a name": (
         "@hookimpl\ndef lightllm_samplers(): return [SamplerRecord(name='a/b', target='a:b')]",
         "names hold no slash",
+    ),
+    "auto for a name": (
+        "@hookimpl\ndef lightllm_samplers(): return [SamplerRecord(name='auto', target='a:b')]",
+        "called 'auto': options mean something else",
+    ),
+    "none for a name": (
+        "@hookimpl\ndef lightllm_samplers(): return [SamplerRecord(name='none', target='a:b')]",
+        "called 'none': options mean something else",
     ),
     "one name twice": (
         "@hookimpl\ndef lightllm_samplers(): return [SamplerRecord(name='x', target='a:b')] * 2",

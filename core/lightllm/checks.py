@@ -89,6 +89,8 @@ def check_records(records: list[Record]) -> None:
                         raise Wrong(f"{what}, not format/name to module:attr")
         if "/" in record.name or record.name.split() != [record.name]:
             raise Wrong(f"a record is called {record.name!r}: names hold no slash and no space")
+        if record.name in ("auto", "none"):
+            raise Wrong(f"a record is called {record.name!r}: options mean something else by it")
         if record.name in seen:
             raise Wrong(f"it lists {record.name!r} twice")
         seen.add(record.name)
