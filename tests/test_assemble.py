@@ -12,12 +12,12 @@ import pytest
 from checkpoints import write_checkpoint
 from safetensors.torch import save_file
 
-from lightllm import ModelInfo, ModelRecord, UserError, hookimpl
+from lightllm import ModelInfo, ModelRecord, UserError, WeightFormatRecord, hookimpl
 from lightllm.assemble import build_engine, open_checkpoint
 from lightllm.checks import Wrong
 from lightllm.config import Config
 from lightllm.engine.request import Generate, SamplingParams
-from lightllm.plugins import Plugins
+from lightllm.plugins import Plugins, Recipe
 
 
 def opened(folder: Path, complete: Any, architecture: str = "NestedForCausalLM") -> ModelInfo:
@@ -61,3 +61,24 @@ def test_a_completion_that_fails_names_its_plugin(tmp_path: Path) -> None:
         opened(tmp_path, refuse)
     with pytest.raises(Wrong, match=r"nested/nested .*KeyError"):
         opened(tmp_path, lambda info: info.config["absent"])
+
+
+def test_a_weight_format_that_fails_to_look_at_a_checkpoint_is_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(path: Path) -> str | None:
+        raise IndexError("too short")
+
+    record = WeightFormatRecord(name="frail", target="a:B", checkpoint="a:C", matches=fails)
+    plugin = ModuleType("mine")
+    vars(plugin)["lightllm_weight_formats"] = hookimpl(specname="lightllm_weight_formats")(lambda: [record])
+    plugins = Plugins.discover(extra=[("mine", plugin)])
+    with pytest.raises(UserError, match=r"no model .*frail: .*IndexError: too short"):
+        open_checkpoint(plugins, tmp_path)
+    assert "mine/frail (extra) is passed over: IndexError: too short" in caplog.text
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "vocab_size": 7}))
+    save_file({}, tmp_path / "model.safetensors")
+    assert open_checkpoint(plugins, tmp_path)[0].address == "safetensors/safetensors"
+    strict = Recipe(strict=True, blocked=tuple(r.name for r in plugins.report() if r.status != "ok"))
+    with pytest.raises(Wrong, match=r"mine/frail \(extra\) failed: IndexError: too short"):
+        open_checkpoint(Plugins.discover(strict, extra=[("mine", plugin)]), tmp_path / "nothing")

@@ -438,3 +438,63 @@ def test_a_reasoning_parser_that_raises_leaves_the_rest_to_the_tool_parser():
     parser = OutputParser(Broken(), Calls())
     assert parser.push("a[f]") == [Text("a"), CallStart(0, "f"), CallArguments(0, "{}")]
     assert "the reasoning parser failed: ValueError: no" in (parser.failure or "")
+
+
+class Panic(BaseException):
+    """Like pyo3's of a panic in Rust."""
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), Panic("poisoned")], ids=repr)
+@pytest.mark.parametrize("method", ["push", "close"])
+def test_whatever_a_parser_raises_is_its_own_fault(error, method):
+    def fails(*_):
+        raise error
+
+    think, calls = Think(), Calls()
+    setattr(think, method, fails)
+    setattr(calls, method, fails)
+    for parser in (OutputParser(None, calls), OutputParser(think, None)):
+        assert merged([*parser.push("a"), *parser.close()])[0] == Text("a")
+        assert f"parser failed: {type(error).__name__}: {error}" in parser.failure
+
+
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, GeneratorExit])
+def test_an_interrupt_is_no_fault(interrupt):
+    class Interrupted(Calls):
+        def push(self, text):
+            raise interrupt
+
+    with pytest.raises(interrupt):
+        OutputParser(None, Interrupted()).push("a")
+
+
+GARBAGE = {
+    "numbers": ([1, 2], "1, but the events of this parser are of the types Text, CallStart, CallArguments"),
+    "text": ("hello", "'h', but the events of this parser are of the types"),
+    "nothing": (None, "TypeError"),
+    "thought": ([Reasoning("a")], "Reasoning(text='a'), but the events of this parser are of the types Text, CallS"),
+    "no text": ([Text(None)], "Text(text=None), but an event's fields are of their types"),
+    "no call": ([CallArguments(7, "{}")], "but a call's CallStart comes before its CallArguments"),
+    "no name": ([CallStart(0, "")], "but a call has a name"),
+    "miscounted": ([CallStart(1, "f")], "but calls are counted from 0 (expected: index=0)"),
+    "no index": ([CallStart(0, "f"), CallArguments([], "{}")], "but a call's CallStart comes before"),
+}
+
+
+@pytest.mark.parametrize("case", GARBAGE)
+@pytest.mark.parametrize("method", ["push", "close"])
+def test_a_parser_that_answers_garbage_is_named_and_loses_no_text(case, method):
+    answer, reason = GARBAGE[case]
+    calls = Calls()
+    setattr(calls, method, lambda *_: answer)
+    parser = OutputParser(None, calls)
+    assert merged([*parser.push("a"), *parser.close()]) == [Text("a")]
+    assert parser.failure.startswith("the tool parser failed: ") and reason in parser.failure
+
+
+def test_a_reasoning_parser_makes_no_calls():
+    think = Think()
+    think.push = lambda text: [CallStart(0, "f")]
+    parser = OutputParser(think, Calls())
+    assert parser.push("a") == [Text("a")]
+    assert "the reasoning parser failed: it gave CallStart(index=0, name='f'), but" in parser.failure

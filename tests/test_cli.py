@@ -182,6 +182,20 @@ def test_check_of_sound_plugins_exits_with_0(site: Site, capsys: pytest.CaptureF
     assert listed(capsys)["mine"]["status"] == "ok"
 
 
+def test_what_plugins_print_is_not_among_the_json(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    source = PARSER.replace("    @hookimpl", "    print('imported')\n    @hookimpl", 1)
+    source = source.replace("(group):", "(group):\n        print('asked')")
+    work = f"    print('checked')\n{WORK}"
+    site.install("mine-dist", {"mine": "mine_module"}, {"mine_module": source, "mine_work": work})
+    builtin = ",".join(report.name for report in Plugins.discover(quiet=True).report() if report.builtin)
+    del sys.modules["mine_module"]
+    capsys.readouterr()
+    assert main(["plugins", "--json", "--check", "--no-plugin", builtin]) == 0
+    captured = capsys.readouterr()
+    assert [report["status"] for report in json.loads(captured.out) if report["name"] == "mine"] == ["ok"]
+    assert captured.err.split() == ["imported", "asked", "checked"]
+
+
 def test_an_unknown_option_of_the_list_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plugins", "--jsno"]) == 2
     assert "unknown option --jsno" in capsys.readouterr().err

@@ -308,10 +308,26 @@ def test_a_plugins_option_shows_in_the_help_under_its_owner(capsys: pytest.Captu
     assert "plugin mine (extra):" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["--port", "--tool_call_parser", "--config", "--help", "--version", "--model-dir"])
+@pytest.mark.parametrize(
+    "name", ["--port", "--tool_call_parser", "--cache", "--config", "--help", "--version", "--model-dir"]
+)
 def test_an_option_that_clashes_with_the_core_names_both(name: str) -> None:
     with pytest.raises(UserError, match=rf"{name} is added by plugin mine \(extra\).*belongs to lightllm-serve itself"):
         options(plugin=Adds(name))
+
+
+@pytest.mark.parametrize(
+    ("type", "wanted"),
+    [
+        (tuple[int, ...], "a list in which each item is a whole number"),
+        (list[float], "a list in which each item is a number"),
+        (tuple[Annotated[int, msgspec.Meta(ge=1, description="x")], ...], "each item is a whole number at least 1"),
+        (tuple[Literal["b", "c"], ...], "a list in which each item is one of b, c"),
+    ],
+)
+def test_what_a_list_must_hold_is_said(type: Any, wanted: str) -> None:
+    with pytest.raises(UsageError, match=rf"--my-option: \['a'\] is not .*{wanted}"):
+        options("--my-option", "a", plugin=Adds("--my-option", type=type))
 
 
 def test_an_option_that_clashes_with_another_plugins_names_both() -> None:

@@ -93,6 +93,48 @@ def test_what_only_an_extra_brings_is_no_fault(site: Site) -> None:
     assert report.warnings == ["good needs fast_thing, which is not installed (pip install 'good-dist[fast]')"]
 
 
+ODD = ["foo (bar>=1", "lightllm-x (", "baz; python_version ~ '3'", "lightllm-serve>=0.0.1"]
+
+
+def test_a_requirement_that_cannot_be_read_is_passed_over(site: Site) -> None:
+    requires = [*ODD, "a-thing>=2", "fast-thing>=2; extra == 'fast'"]
+    work = "import fast_thing\n" + dedent(WORK)
+    site.install("good-dist", {"good": "good_module"}, {"good_module": GOOD, "good_work": work}, requires=requires)
+    site.install("bad-dist", {"bad": "bad_module"}, {"bad_module": "import a_thing"}, requires=requires)
+    plugins = Plugins.discover()
+    plugins.check()
+    assert "needs fast_thing, which is not installed" in report_of("good", plugins).warnings[0]
+    assert "(not installed, though it needs them: a-thing>=2)" in report_of("bad", plugins).reason
+
+
+# --- damaged distributions
+
+DAMAGED = {
+    "no METADATA": (None, "good_dist 1.2"),
+    "no name": ("Metadata-Version: 2.1\nVersion: 1.3\n\n", "good_dist 1.3"),
+    "no version": ("Metadata-Version: 2.1\nName: good-dist\n\n", "good-dist 1.2"),
+    "nothing": ("", "good_dist 1.2"),
+    "no text": (b"\xff\xfe\x00", "good_dist 1.2"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_distributions_plugin_goes_by_what_is_known_of_it(site: Site, tmp_path: Path, case: str) -> None:
+    metadata, origin = DAMAGED[case]
+    site.install("good-dist", {"good": "good_module"}, {"good_module": GOOD, "good_work": WORK})
+    site.install("bad-dist", {"bad": "bad_module"}, {"bad_module": "import no_such_thing"})
+    for folder in ("good_dist", "bad_dist"):
+        path = tmp_path / f"{folder}-1.2.dist-info" / "METADATA"
+        path.unlink()
+        if metadata is not None:
+            path.write_bytes(metadata if isinstance(metadata, bytes) else metadata.encode())
+    plugins = Plugins.discover()
+    report = report_of("good", plugins)
+    assert (report.status, f"{report.distribution} {report.version}") == ("ok", origin)
+    assert "No module named 'no_such_thing'" in report_of("bad", plugins).reason
+    assert report_of("good", Plugins.discover(plugins.recipe)).status == "ok"
+
+
 # --- deprecation
 
 
@@ -154,6 +196,37 @@ def test_a_module_in_the_working_folder_is_found(site: Site, tmp_path: Path, mon
     write_file(tmp_path / "here", "found_here.py")
     monkeypatch.chdir(tmp_path / "here")
     assert report_of("found-here", Plugins.discover(Recipe(given=("found_here",)))).status == "ok"
+
+
+def test_the_file_of_an_installed_plugin_must_work_like_any_that_is_asked_for(site: Site, tmp_path: Path) -> None:
+    site.install("good-dist", {"good": "good_module"}, {"good_module": GOOD, "good_work": WORK})
+    path = tmp_path / "good_module.py"
+    plugins = Plugins.discover(Recipe(given=(str(path),)))
+    assert [report.name for report in plugins.report() if "good" in report.name] == ["good"]
+    path.write_text("import no_such_thing")
+    del sys.modules["good_module"]
+    assert report_of("good", Plugins.discover()).status == "broken"
+    for given in (str(path), "good_module"):
+        with pytest.raises(UserError, match=r"good \(good-dist 1\.2\) is broken: .*no_such_thing"):
+            Plugins.discover(Recipe(given=(given,)))
+
+
+@pytest.mark.parametrize("blocked", [(), ("good",)])
+def test_a_file_with_the_name_of_an_installed_plugins_module_must_be_renamed(
+    site: Site, tmp_path: Path, blocked: tuple[str, ...]
+) -> None:
+    site.install("good-dist", {"good": "good_module"}, {"good_module": GOOD, "good_work": WORK})
+    (tmp_path / "elsewhere").mkdir()
+    path = write_file(tmp_path / "elsewhere", "good_module.py")
+    with pytest.raises(UserError, match=r"another module is called good_module, too .*: rename the file"):
+        Plugins.discover(Recipe(given=(str(path),), blocked=blocked))
+
+
+def test_what_is_asked_for_and_blocked_is_said(site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_file(tmp_path)
+    plugins = Plugins.discover(Recipe(given=(str(path),), blocked=("try-out",)))
+    assert report_of("try-out", plugins).status == "blocked"
+    assert "is blocked by --no-plugin, though --plugin names it" in caplog.text
 
 
 BAD = {

@@ -116,6 +116,15 @@ BROKEN = {
     "import error": ("import no_such_thing", "No module named 'no_such_thing'"),
     "syntax error": ("def (", "SyntaxError"),
     "leaves at import": ("raise SystemExit('bye')", "SystemExit: bye"),
+    "panics at import": ("class Panic(BaseException): pass\nraise Panic('poisoned')", "Panic: poisoned"),
+    "panics in a hook": (
+        "class Panic(BaseException): pass\n@hookimpl\ndef lightllm_models(): raise Panic('poisoned')",
+        "lightllm_models raised Panic: poisoned",
+    ),
+    "an exception without words": (
+        "class Mute(Exception):\n    def __str__(self): raise RuntimeError\nraise Mute",
+        "Mute",
+    ),
     "wrong argument": ("@hookimpl\ndef lightllm_models(device): return []", "lightllm_models.*'device'"),
     "misspelt hook": ("@hookimpl\ndef lightllm_modles(): return []", "lightllm_modles. Did you mean lightllm_models"),
     "no decorator": ("def lightllm_models(): return []", "lightllm_models lacks the @hookimpl decorator"),
@@ -151,6 +160,14 @@ BROKEN = {
     "a slash in a name": (
         "@hookimpl\ndef lightllm_samplers(): return [SamplerRecord(name='a/b', target='a:b')]",
         "names hold no slash",
+    ),
+    "auto for a name": (
+        "@hookimpl\ndef lightllm_samplers(): return [SamplerRecord(name='auto', target='a:b')]",
+        "called 'auto': options mean something else",
+    ),
+    "none for a name": (
+        "@hookimpl\ndef lightllm_samplers(): return [SamplerRecord(name='none', target='a:b')]",
+        "called 'none': options mean something else",
     ),
     "one name twice": (
         "@hookimpl\ndef lightllm_samplers(): return [SamplerRecord(name='x', target='a:b')] * 2",

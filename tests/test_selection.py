@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 
-from lightllm import ExecutorRecord, LinearMethodRecord, ModelInfo, SamplerRecord, UserError, hookimpl
+from lightllm import (
+    ExecutorRecord,
+    LinearMethodRecord,
+    ModelInfo,
+    SamplerRecord,
+    ToolParserRecord,
+    UserError,
+    hookimpl,
+)
 from lightllm.checks import Wrong
 from lightllm.interfaces import DeviceJob, ExecutorJob
 from lightllm.plugins import Plugins, Recipe
@@ -100,10 +108,43 @@ def test_a_checkpoint_that_is_quantized_finds_its_method() -> None:
         choose(Plugins.discover(), "linear_methods", "auto", quantized)
 
 
-def test_a_record_that_raises_is_named() -> None:
-    def supports(job: ExecutorJob) -> str | None:
+def raising(strict: bool = False) -> Plugins:
+    """With records of two kinds whose conditions fail."""
+
+    def fails(*facts: Any) -> str | None:
         raise KeyError("world")
 
-    plugins = with_records(executors=[ExecutorRecord(name="ray", target="a:B", supports=supports, priority=1)])
-    with pytest.raises(Wrong, match=r"mine/ray \(extra\) failed: KeyError: 'world'"):
-        choose(plugins, "executors", "auto", ExecutorJob(world_size=1, device="cpu"))
+    mine = types.ModuleType("mine")
+    vars(mine).update(
+        lightllm_executors=hookimpl(lambda: [ExecutorRecord(name="ray", target="a:B", supports=fails, priority=1)]),
+        lightllm_tool_parsers=hookimpl(lambda: [ToolParserRecord(name="odd", target="a:B", matches=fails, priority=1)]),
+    )
+    blocked = tuple(r.name for r in Plugins.discover(quiet=True).report() if r.status != "ok")
+    return Plugins.discover(Recipe(blocked=blocked, strict=strict), extra=[("mine", mine)])
+
+
+ONE = ExecutorJob(world_size=1, device="cpu")
+
+
+def test_a_record_that_raises_is_named_and_passed_over(caplog: pytest.LogCaptureFixture) -> None:
+    plugins = raising()
+    assert choose(plugins, "executors", "auto", ONE).address == "executor/local"
+    qwen = info(model_type="qwen2")
+    assert choose(plugins, "tool_parsers", "auto", qwen, {"<tool_call>"}).plugin.builtin
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warnings == [
+        "mine/ray (extra) is passed over: KeyError: 'world'",
+        "mine/odd (extra) is passed over: KeyError: 'world'",
+    ]
+
+
+def test_a_record_that_raises_is_fatal_where_it_was_asked_for_or_plugins_are_strict() -> None:
+    fault = r"mine/ray \(extra\) failed: KeyError: 'world'"
+    plugins = raising()
+    with pytest.raises(Wrong, match=fault):
+        choose(plugins, "executors", "ray", ONE)
+    with pytest.raises(Wrong, match=fault):
+        choose(raising(strict=True), "executors", "auto", ONE)
+    plugins.find("executors", "ray").plugin.asked_for = True
+    with pytest.raises(Wrong, match=fault):
+        choose(plugins, "executors", "auto", ONE)

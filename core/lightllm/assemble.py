@@ -28,7 +28,7 @@ from lightllm.interfaces import (
     UserError,
 )
 from lightllm.plugins import Plugins, Provided, Recipe
-from lightllm.selection import adapters, choose, claimed_fields, model_record, serving_models
+from lightllm.selection import adapters, choose, claimed_fields, model_record, serving_models, why_not
 
 if TYPE_CHECKING:
     import torch
@@ -74,9 +74,9 @@ def open_checkpoint(plugins: Plugins, path: Path) -> tuple[Provided, Checkpoint,
     """The first weight format that recognises the files, and what it and the model's plugin say of them."""
     reasons = []
     for provided in plugins.records("weight_formats"):
-        with blamed(f"the weight format {provided.label}"):
-            reason = provided.record.matches(path)
-            if reason is None:
+        reason = why_not(plugins, provided, path)
+        if reason is None:
+            with blamed(f"the weight format {provided.label}"):
                 target = plugins.load(provided, provided.record.checkpoint)
                 checkpoint: Checkpoint = target(path, adapters(plugins, provided))
                 return provided, checkpoint, _completed(plugins, checkpoint.info())

@@ -17,11 +17,12 @@ import jinja2
 import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from lightllm.checks import describe
+from lightllm.checks import INTERRUPTS, Wrong, describe
 from lightllm.interfaces import (
     CallArguments,
     CallStart,
     Event,
+    Reasoning,
     ReasoningParser,
     Text,
     ToolParser,
@@ -302,11 +303,15 @@ def _raise_exception(message: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+TOOL_EVENTS: tuple[type, ...] = (Text, CallStart, CallArguments)
+REASONING_EVENTS: tuple[type, ...] = (Text, Reasoning)
+
+
 class OutputParser:
     """Reasoning first, then tool calls in what is left; without parsers all is `Text`.
 
-    A parser that raises is left out from there on: its text comes through as it is, and ``failure`` says whose fault
-    it was, for the request to end with: ``reasoning_name`` or ``tools_name``.
+    A parser that raises, or answers with what is no event of its, is left out from there on: its text comes through as
+    it is, and ``failure`` says whose fault it was, for the request to end with: ``reasoning_name`` or ``tools_name``.
     """
 
     def __init__(
@@ -320,55 +325,45 @@ class OutputParser:
         self._reasoning = reasoning
         self._tools = tools
         self._reasoning_name, self._tools_name = reasoning_name, tools_name
+        self._calls = 0
         self.failure: str | None = None
 
     def push(self, text: str) -> list[Event]:
-        if not text:
-            return []
-        if self._reasoning is None:
-            events = self._parse(text)
-        else:
-            try:
-                thought: list[Event] = list(self._reasoning.push(text))
-            except Exception as error:
-                self._fail(self._reasoning, error)
-                thought = [Text(text)]
-            events = self._split(thought)
-        return merged(events)
+        return merged(self._think(text)) if text else []
 
     def close(self) -> list[Event]:
         """What the parsers held back. Nothing may be pushed afterwards."""
-        events: list[Event] = []
-        if self._reasoning is not None:
-            try:
-                thought: list[Event] = list(self._reasoning.close())
-            except Exception as error:
-                self._fail(self._reasoning, error)
-                thought = []
-            events += self._split(thought)
-        if self._tools is not None:
-            try:
-                events += list(self._tools.close())
-            except Exception as error:
-                self._fail(self._tools, error)
-        return merged(events)
+        return merged([*self._think(None), *self._call(None)])
 
-    def _split(self, events: Iterable[Event]) -> list[Event]:
+    def _think(self, text: str | None) -> list[Event]:
+        if self._reasoning is None:
+            return [] if text is None else self._call(text)
         out: list[Event] = []
-        for event in events:
-            out += self._parse(event.text) if isinstance(event, Text) else [event]
+        for event in self._ask(self._reasoning, text, REASONING_EVENTS):
+            out += self._call(event.text) if isinstance(event, Text) else [event]
         return out
 
-    def _parse(self, text: str) -> list[Event]:
+    def _call(self, text: str | None) -> list[Event]:
         if self._tools is None:
-            return [Text(text)]
-        try:
-            return list(self._tools.push(text))
-        except Exception as error:
-            self._fail(self._tools, error)
-            return [Text(text)]
+            return [] if text is None else [Text(text)]
+        return self._ask(self._tools, text, TOOL_EVENTS)
 
-    def _fail(self, parser: object, error: Exception) -> None:
+    def _ask(self, parser: ReasoningParser | ToolParser, text: str | None, allowed: tuple[type, ...]) -> list[Event]:
+        """What it makes of the text, or None: of its end."""
+        try:
+            events: list[Event] = list(parser.close() if text is None else parser.push(text))
+            for event in events:
+                if rule := broken_rule(event, allowed, self._calls):
+                    raise Wrong(f"it gave {event!r:.80}, but {rule}")
+                self._calls += type(event) is CallStart
+            return events
+        except INTERRUPTS:
+            raise
+        except BaseException as error:
+            self._fail(parser, error)
+            return [] if text is None else [Text(text)]
+
+    def _fail(self, parser: object, error: BaseException) -> None:
         name = self._tools_name if parser is self._tools else self._reasoning_name
         self.failure = f"{name} failed: {describe(error)}"
         log.error("%s", self.failure, exc_info=error)
@@ -376,6 +371,21 @@ class OutputParser:
             self._tools = None
         else:
             self._reasoning = None
+
+
+def broken_rule(event: Any, allowed: tuple[type, ...], started: int) -> str | None:
+    """The rule of a parser's events that this one breaks, ``started`` calls having begun before."""
+    if type(event) not in allowed:
+        return f"the events of this parser are of the types {', '.join(kind.__name__ for kind in allowed)}"
+    if isinstance(event, CallStart):
+        if not (isinstance(event.name, str) and event.name):
+            return "a call has a name"
+        return None if event.index == started else f"calls are counted from 0 (expected: index={started})"
+    if not isinstance(_text(event), str):
+        return "an event's fields are of their types"
+    if isinstance(event, CallArguments) and event.index not in range(started):
+        return "a call's CallStart comes before its CallArguments"
+    return None
 
 
 def merged(events: Iterable[Event]) -> list[Event]:

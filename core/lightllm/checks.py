@@ -33,8 +33,8 @@ RECORDS: Mapping[str, tuple[type[Record], type]] = MappingProxyType(
 )
 """Kind of record -> its type, and the contract of its target. The hook that lists a kind is ``lightllm_<kind>``."""
 
-Fault = (Exception, SystemExit)
-"""What a plugin's code may raise at us."""
+INTERRUPTS = (KeyboardInterrupt, GeneratorExit)
+"""What passes through us. All else that a plugin's code raises is its fault; a panic in Rust is no Exception."""
 
 
 class Wrong(Exception):
@@ -46,9 +46,9 @@ def blamed(who: str) -> Iterator[None]:
     """What a plugin's code raises within becomes a `Wrong` that names it. What speaks for itself passes."""
     try:
         yield
-    except (Wrong, interfaces.UserError, GrammarError):
+    except (Wrong, interfaces.UserError, GrammarError, *INTERRUPTS):
         raise
-    except Fault as error:
+    except BaseException as error:
         raise Wrong(f"{who} failed: {describe(error)}") from error
 
 
@@ -89,6 +89,8 @@ def check_records(records: list[Record]) -> None:
                         raise Wrong(f"{what}, not format/name to module:attr")
         if "/" in record.name or record.name.split() != [record.name]:
             raise Wrong(f"a record is called {record.name!r}: names hold no slash and no space")
+        if record.name in ("auto", "none"):
+            raise Wrong(f"a record is called {record.name!r}: options mean something else by it")
         if record.name in seen:
             raise Wrong(f"it lists {record.name!r} twice")
         seen.add(record.name)
@@ -98,7 +100,9 @@ def check_target(target: str, contract: type | None = None) -> None:
     """Import it, and hold its members and what they can be called with against the contract."""
     try:
         found = import_target(target)
-    except Fault as error:
+    except INTERRUPTS:
+        raise
+    except BaseException as error:
         raise Wrong(f"{target} cannot be imported: {describe(error)}") from error
     if contract is None:
         return
@@ -150,7 +154,10 @@ def culprit(error: BaseException, parts: Mapping[type, str]) -> str | None:
 
 def describe(error: BaseException) -> str:
     """An exception in one line."""
-    text = " ".join(str(error).split())
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # its own __str__ fails
+        text = ""
     if isinstance(error, Wrong):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -72,10 +73,11 @@ def _list_plugins(argv: list[str]) -> int:
         )
         return 0
     choice = read_plugin_choice(options, os.environ)
-    plugins = Plugins.discover(Recipe(blocked=choice.blocked, given=choice.given), quiet=True)
-    read_config(options, os.environ, plugins)
-    if check:
-        plugins.check()
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):  # what a plugin prints is no JSON
+        plugins = Plugins.discover(Recipe(blocked=choice.blocked, given=choice.given), quiet=True)
+        read_config(options, os.environ, plugins)
+        if check:
+            plugins.check()
     reports = plugins.report()
     if as_json:
         sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(reports), indent=2) + b"\n")

@@ -5,6 +5,7 @@ Nothing is imported here; a `Plugin` knows how to (`Plugin.source`), and what it
 
 from __future__ import annotations
 
+import contextlib
 import email
 import importlib
 import importlib.util
@@ -12,14 +13,18 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import importlib_metadata
 
 from lightllm.checks import Wrong
 from lightllm.hookspecs import VERSION
 from lightllm.interfaces import Record
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 GROUP = "lightllm"
 DISTRIBUTION = "lightllm-serve"
@@ -85,13 +90,17 @@ def installed() -> list[Plugin]:
 
 def given(wanted: Sequence[str], known: Sequence[Plugin]) -> list[Plugin]:
     """What ``--plugin`` names: a file, a package's folder, a module, or module:object, as entry points do. One that is
-    installed is there already."""
+    installed is among the ``known`` already, and marked."""
     found = []
     for what in dict.fromkeys(wanted):
         path = Path(what)
         is_path = path.suffix == ".py" or len(path.parts) > 1
         module, _, attribute = (path.stem, "", "") if is_path else what.partition(":")
-        if all(plugin.target.partition(":")[0] != module for plugin in known):
+        same = [plugin for plugin in known if plugin.target.partition(":")[0] == module]
+        if same and (not is_path or _is_home(path, importlib.util.find_spec(module))):
+            for plugin in same:
+                plugin.asked_for = True
+        else:
             source: Callable[[], object]
             if is_path:
                 source = lambda path=path: _import_path(path)  # type: ignore[misc] # noqa: E731
@@ -118,20 +127,24 @@ def check_requires(module: object) -> None:
 
 
 def _described(dist: importlib_metadata.Distribution | None) -> tuple[str, str, list[str]]:
-    """Name, version and requirements. The library parses the whole METADATA, README and all, for each of them."""
+    """Name, version and requirements; what a damaged METADATA does not say, its folder's name does.
+
+    The library parses the whole METADATA, README and all, for each of them, and raises for a damaged one.
+    """
     if dist is None:
         return "?", "", []
-    text = dist.read_text("METADATA")
-    if text is None:  # an egg
-        return dist.name, dist.version or "", list(dist.requires or ())
-    fields = email.message_from_string(text.partition("\n\n")[0])
-    return fields["Name"], fields["Version"] or "", fields.get_all("Requires-Dist", [])
+    try:
+        text = dist.read_text("METADATA") or dist.read_text("PKG-INFO")  # an egg's
+    except (OSError, UnicodeDecodeError):
+        text = None
+    fields = email.message_from_string((text or "").partition("\n\n")[0])
+    name, _, version = Path(str(getattr(dist, "_path", "?"))).stem.partition("-")
+    return fields["Name"] or name, fields["Version"] or version, fields.get_all("Requires-Dist", [])
 
 
 def _import_point(point: importlib_metadata.EntryPoint, requires: Sequence[str], own: str) -> object:
-    for requirement in requires:
-        if requirement.lower().startswith("lightllm"):
-            _check_requirement(requirement, own)
+    if ours := [text for text in requires if text.lower().startswith("lightllm")]:
+        _check_requirements(ours, own)
     try:
         return point.load()
     except ImportError as error:
@@ -141,40 +154,45 @@ def _import_point(point: importlib_metadata.EntryPoint, requires: Sequence[str],
         raise
 
 
-def _check_requirement(text: str, own: str) -> None:
+def _check_requirements(requires: Sequence[str], own: str) -> None:
     """pip lets people install a plugin beside a version it was not made for; it then fails far from the cause."""
-    from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
-    requirement = Requirement(text)
-    applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-    ours = canonicalize_name(requirement.name) == DISTRIBUTION and applies
-    if ours and not requirement.specifier.contains(own, prereleases=True):
-        raise Incompatible(f"it needs {DISTRIBUTION} {requirement.specifier}, and this is {own}")
+    for requirement in _applying(requires):
+        ours = canonicalize_name(requirement.name) == DISTRIBUTION
+        if ours and not requirement.specifier.contains(own, prereleases=True):
+            raise Incompatible(f"it needs {DISTRIBUTION} {requirement.specifier}, and this is {own}")
 
 
 def _missing(requires: Sequence[str]) -> list[str]:
     """Requirements that nothing installed meets by name."""
-    from packaging.requirements import Requirement
-
     missing = []
-    for text in requires:
-        requirement = Requirement(text)
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            try:
-                importlib_metadata.version(requirement.name)
-            except importlib_metadata.PackageNotFoundError:
-                missing.append(f"{requirement.name}{requirement.specifier}")
+    for requirement in _applying(requires):
+        try:
+            importlib_metadata.version(requirement.name)
+        except importlib_metadata.PackageNotFoundError:
+            missing.append(f"{requirement.name}{requirement.specifier}")
     return missing
 
 
-def extra_of(module: str, requires: Sequence[str]) -> str | None:
-    """The extra that brings a module, by its distribution's name: what an installation may do without."""
+def _applying(requires: Sequence[str]) -> list[Requirement]:
+    """Those that count here, without extras. A line that cannot be read is none."""
     from packaging.requirements import Requirement
 
+    applying = []
     for text in requires:
-        name = Requirement(text).name.replace("-", "_").lower()
-        if (extra := _EXTRA.search(text)) and name == module.lower():
+        with contextlib.suppress(ValueError):
+            requirement = Requirement(text)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                applying.append(requirement)
+    return applying
+
+
+def extra_of(module: str, requires: Sequence[str]) -> str | None:
+    """The extra that brings the distribution of this module's name: what an installation may do without."""
+    for text in requires:
+        name = re.split(r"[^\w.-]", text, maxsplit=1)[0]
+        if (extra := _EXTRA.search(text)) and name.replace("-", "_").lower() == module.lower():
             return extra[1]
     return None
 
@@ -191,12 +209,18 @@ def _import_path(path: Path) -> Any:
         sys.path.append(str(path.parent))
     importlib.invalidate_caches()
     spec = importlib.util.find_spec(path.stem)
-    home = path if path.is_file() else path / "__init__.py"
     if spec is None:
         raise Wrong("it is no module that can be imported")
-    if spec.origin is None or Path(spec.origin).resolve() != home:
+    if not _is_home(path, spec):
         raise Wrong(f"another module is called {path.stem}, too ({spec.origin}): rename the file")
     return importlib.import_module(path.stem)
+
+
+def _is_home(path: Path, spec: ModuleSpec | None) -> bool:
+    """Whether this file or package's folder is the module's own."""
+    path = path.resolve()
+    home = path if path.is_file() else path / "__init__.py"
+    return spec is not None and spec.origin is not None and Path(spec.origin).resolve() == home
 
 
 def _import(module: str, attribute: str) -> Any:

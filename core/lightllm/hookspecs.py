@@ -137,7 +137,7 @@ def lightllm_choose_chat_template(info: ModelInfo, config: Config) -> str | None
 @hookspec
 def lightllm_add_options(group: OptionGroup) -> None:
     """Add command-line options: ``group.add("--my-option", type=int, default=3, help="...")``; read them from
-    ``config.plugin_options["my_option"]``. Used in the server process; both get the values."""
+    ``config.plugin_options["my_option"]`` in the hooks that are given the configuration. Used in the server process."""
 
 
 @hookspec

@@ -41,7 +41,8 @@ CORE = "lightllm-serve itself"
 
 _NUMBERS = (msgspec.inspect.IntType, msgspec.inspect.FloatType)
 _LISTS = (msgspec.inspect.ListType, msgspec.inspect.VarTupleType)
-_PLAIN = (msgspec.inspect.StrType, msgspec.inspect.BoolType, msgspec.inspect.LiteralType)
+_TEXT = msgspec.inspect.StrType
+_PLAIN = (_TEXT, msgspec.inspect.BoolType, msgspec.inspect.LiteralType)
 
 
 class Option(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,7 +79,7 @@ class Option(msgspec.Struct, frozen=True, kw_only=True):
         elif self.is_flag:
             value = {"yes": True, "on": True, "no": False, "off": False}.get(value.lower(), value.lower())
         # Not strict, msgspec takes the text "null" for None: an API key of that name would open the server.
-        is_text = isinstance(_plain_types(self.type)[0], msgspec.inspect.StrType)
+        is_text = isinstance(_plain_types(self.type)[0], _TEXT)
         converted = self.convert(value, source, strict=is_text)
         if converted is None:
             raise UsageError(f"{source}: {value!r} is not {self.allowed()}")
@@ -148,7 +149,7 @@ class OptionGroup:
             raise TypeError(f"option {name}: {type} cannot be typed on a command line")
         msgspec.convert(default, annotation)
         taken = {word: other.owner for other in self._options.values() for word in other.spellings()}
-        taken |= dict.fromkeys([*ALIASES, "config", "help", "version"], CORE)
+        taken |= dict.fromkeys([*ALIASES, "cache", "config", "help", "version"], CORE)  # LIGHTLLM_CACHE is a folder
         for word in option.spellings():
             if owner := taken.get(word):
                 raise UsageError(
@@ -178,7 +179,10 @@ def spelling(name: str) -> str:
 
 def _plain_types(annotation: Any) -> list[msgspec.inspect.Type]:
     """The alternatives of a type, None aside."""
-    info = msgspec.inspect.type_info(annotation)
+    return _alternatives(msgspec.inspect.type_info(annotation))
+
+
+def _alternatives(info: msgspec.inspect.Type) -> list[msgspec.inspect.Type]:
     while isinstance(info, msgspec.inspect.Metadata):
         info = info.type
     types = info.types if isinstance(info, msgspec.inspect.UnionType) else (info,)
@@ -191,7 +195,8 @@ def _in_words(info: msgspec.inspect.Type) -> str:
     if isinstance(info, msgspec.inspect.BoolType):
         return "true or false"
     if isinstance(info, _LISTS):
-        return "a list of names"
+        (item, *_) = _alternatives(info.item_type)
+        return "a list of names" if isinstance(item, _TEXT) else f"a list in which each item is {_in_words(item)}"
     if not isinstance(info, (msgspec.inspect.IntType, msgspec.inspect.FloatType)):
         return "a text"
     what = "a whole number" if isinstance(info, msgspec.inspect.IntType) else "a number"

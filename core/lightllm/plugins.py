@@ -20,8 +20,8 @@ import pluggy
 
 from lightllm import hookspecs, interfaces
 from lightllm.checks import (
+    INTERRUPTS,
     RECORDS,
-    Fault,
     Wrong,
     as_list,
     check_records,
@@ -104,6 +104,8 @@ class Plugins:
             wanted = recipe.loaded is None or not plugin.target or recipe.loaded.get(plugin.name) == plugin.origin
             if plugin.name in recipe.blocked or not wanted:
                 plugin.status = "blocked"
+                if plugin.asked_for and plugin.name in recipe.blocked:
+                    self._warn(f"plugin {plugin.label} is blocked by --no-plugin, though --plugin names it")
             elif plugin.name in taken:
                 self._break(plugin, f"the name {plugin.name!r} is already taken by {taken[plugin.name].label}")
             else:
@@ -135,6 +137,11 @@ class Plugins:
     def recipe(self) -> Recipe:
         """What another process needs to load the same."""
         return msgspec.structs.replace(self._recipe, loaded=self.loaded())
+
+    @property
+    def strict(self) -> bool:
+        """What is broken ends the start."""
+        return self._recipe.strict
 
     def loaded(self) -> dict[str, str]:
         """Name and origin of the plugins in service. Objects given for tests cannot be another process's."""
@@ -168,7 +175,9 @@ class Plugins:
         target = target or provided.record.target
         try:
             return import_target(target)
-        except Fault as error:
+        except INTERRUPTS:
+            raise
+        except BaseException as error:
             log.debug("importing %s", target, exc_info=True)
             raise UserError(f"{provided.label}: cannot import {target}: {describe(error)}") from error
 
@@ -235,7 +244,9 @@ class Plugins:
         for target, wanted in targets:
             try:
                 check_target(target, wanted)
-            except Fault as error:
+            except INTERRUPTS:
+                raise
+            except BaseException as error:
                 cause = error.__cause__
                 lacking = (isinstance(cause, ModuleNotFoundError) and cause.name) or ""
                 if extra := extra_of(lacking, plugin.requires):
@@ -275,7 +286,9 @@ class Plugins:
             module = plugin.source()
             check_requires(module)
             plugin.hooks, plugin.warnings = _register(self._manager, plugin.name, module)
-        except Fault as error:
+        except INTERRUPTS:
+            raise
+        except BaseException as error:
             log.debug("loading plugin %s", plugin.name, exc_info=True)
             self._break(plugin, describe(error), "incompatible" if isinstance(error, Incompatible) else "broken")
             return
@@ -334,7 +347,9 @@ class Plugins:
                     raise Wrong(f"{hook} answered {answer!r:.80}, which is no {answer_type.__name__}")
             check(answers)
             return answers
-        except Fault as error:
+        except INTERRUPTS:
+            raise
+        except BaseException as error:
             if isinstance(error, UserError) and arguments:
                 raise
             log.debug("plugin %s: %s", plugin.name, hook, exc_info=True)
@@ -384,7 +399,9 @@ def _register(manager: pluggy.PluginManager, name: str, module: object) -> tuple
                 raise Wrong(f"{hook} lacks the @hookimpl decorator")
         if not callers:
             raise Wrong("it answers no hook")
-    except Fault as error:
+    except INTERRUPTS:
+        raise
+    except BaseException as error:
         if manager.get_plugin(name) is module:
             manager.unregister(name=name)
         if isinstance(error, pluggy.PluginValidationError):

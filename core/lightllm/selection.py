@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from lightllm.checks import blamed
+from lightllm.checks import Wrong, blamed, describe
 from lightllm.interfaces import Adapters, ModelInfo, UserError
 from lightllm.plugins import Plugins, Provided
 
@@ -33,14 +33,14 @@ def choose(plugins: Plugins, kind: str, asked: str, *facts: Any) -> Provided:
     what = kind.replace("_", " ").removesuffix("s")
     if asked != "auto":
         chosen = plugins.find(kind, asked)
-        if hasattr(chosen.record, "supports") and (reason := _why_not(chosen, facts)):
+        if hasattr(chosen.record, "supports") and (reason := _answer(chosen, facts)):
             raise UserError(f"{OPTIONS[kind]} {asked}: {reason}")
         log.info("%s: %s, as asked for", what, chosen.label)
         return chosen
     best: Provided | None = None
     passed: list[str] = []
     for candidate in sorted(plugins.records(kind), key=lambda p: -p.record.priority):
-        reason = _why_not(candidate, facts)
+        reason = why_not(plugins, candidate, *facts)
         if reason is None and best is None:
             best = candidate
         else:
@@ -52,7 +52,22 @@ def choose(plugins: Plugins, kind: str, asked: str, *facts: Any) -> Provided:
     return best
 
 
-def _why_not(candidate: Provided, facts: tuple[Any, ...]) -> str | None:
+def why_not(plugins: Plugins, candidate: Provided, *facts: Any) -> str | None:
+    """Why a record that nobody asked for cannot serve; one that fails to say so is passed over with a warning.
+
+    Raises what it raised where plugins are strict, or ``--plugin`` names its.
+    """
+    try:
+        return _answer(candidate, facts)
+    except (Wrong, UserError) as error:
+        if plugins.strict or candidate.plugin.asked_for:
+            raise
+        reason = describe(error if isinstance(error, UserError) else error.__cause__ or error)
+        log.warning("%s is passed over: %s", candidate.label, reason)
+        return reason
+
+
+def _answer(candidate: Provided, facts: tuple[Any, ...]) -> str | None:
     record = candidate.record
     answer: str | None = None
     with blamed(candidate.label):

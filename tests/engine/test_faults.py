@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -85,6 +86,29 @@ def late() -> Any:
     raise ConnectionError("the worker went")
 
 
+class Panic(BaseException):
+    """Like pyo3's of a panic in Rust."""
+
+
+class Panicking(StandardSampler):
+    def sample(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+        if any(len(row.prompt) + len(row.output) == UNLUCKY for row in rows):
+            raise Panic("poisoned")
+        return super().sample(logits, rows)
+
+
+class Leaving(LocalExecutor):
+    def start(self, plan: Plan) -> Any:
+        ends = [item.start + item.count for item in plan.items]
+        if UNLUCKY in ends:
+            sys.exit("enough")
+        return super().start(plan)
+
+
+SAMPLERS = [("frail", "Sampler"), ("panicking", "Panicking")]
+EXECUTORS = [("frail", "Executor"), ("leaving", "Leaving")]
+
+
 class Provider:
     @hookimpl
     def lightllm_attention_backends(self) -> Any:
@@ -92,7 +116,7 @@ class Provider:
 
     @hookimpl
     def lightllm_samplers(self) -> Any:
-        return [SamplerRecord(name="frail", target=f"{__name__}:Sampler")]
+        return [SamplerRecord(name=n, target=f"{__name__}:{c}") for n, c in SAMPLERS]
 
     @hookimpl
     def lightllm_operators(self) -> Any:
@@ -104,15 +128,17 @@ class Provider:
 
     @hookimpl
     def lightllm_executors(self) -> Any:
-        return [ExecutorRecord(name="frail", target=f"{__name__}:Executor")]
+        return [ExecutorRecord(name=n, target=f"{__name__}:{c}") for n, c in EXECUTORS]
 
 
 FAULTS = {
-    "attention_backend": "the attention backend mine/frail (extra) failed: IndexError: out of keys",
-    "sampler": "the sampler mine/frail (extra) failed: ZeroDivisionError: no chance",
-    "operators": "the operators mine/frail (extra) failed: OverflowError: dizzy",
-    "quantization": "the linear method mine/frail (extra) failed: FloatingPointError: not a product",
-    "executor": "the executor mine/frail (extra) failed: ConnectionError: the worker is gone",
+    ("attention_backend", "frail"): "the attention backend mine/frail (extra) failed: IndexError: out of keys",
+    ("sampler", "frail"): "the sampler mine/frail (extra) failed: ZeroDivisionError: no chance",
+    ("sampler", "panicking"): "the sampler mine/panicking (extra) failed: Panic: poisoned",
+    ("operators", "frail"): "the operators mine/frail (extra) failed: OverflowError: dizzy",
+    ("quantization", "frail"): "the linear method mine/frail (extra) failed: FloatingPointError: not a product",
+    ("executor", "frail"): "the executor mine/frail (extra) failed: ConnectionError: the worker is gone",
+    ("executor", "leaving"): "the executor mine/leaving (extra) failed: SystemExit: enough",
 }
 
 
@@ -124,16 +150,16 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Engine]:
     return lambda **chosen: build_engine(Config(max_total_tokens=500, device="cpu", **chosen), plugins, folder)
 
 
-@pytest.mark.parametrize("part", FAULTS)
-def test_it_is_named_and_the_other_sequences_go_on(engine: Callable[..., Engine], part: str) -> None:
+@pytest.mark.parametrize(("part", "record"), FAULTS)
+def test_it_is_named_and_the_other_sequences_go_on(engine: Callable[..., Engine], part: str, record: str) -> None:
     params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
 
     def requests() -> list[Generate]:
         return [Generate(id=str(size), prompt=list(range(20, 20 + size)), params=params) for size in SIZES]
 
     expected = engine().generate(*requests())
-    found = engine(**{part: "mine/frail"}).generate(*requests())
-    assert found[str(UNLUCKY), 0].error == FAULTS[part]
+    found = engine(**{part: f"mine/{record}"}).generate(*requests())
+    assert found[str(UNLUCKY), 0].error == FAULTS[part, record]
     for size in set(SIZES) - {UNLUCKY}:
         assert found[str(size), 0].error is None
         assert found[str(size), 0].tokens == expected[str(size), 0].tokens

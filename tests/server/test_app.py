@@ -285,16 +285,69 @@ def test_a_plugins_route_that_fails_is_answered_in_openais_form(kit):
         assert server.http.get("/health").status_code == 200
 
 
+class Panic(BaseException):
+    """Like pyo3's of a panic in Rust."""
+
+
+@pytest.mark.parametrize("error", [SystemExit(7), Panic("a secret")], ids=repr)
+def test_whatever_a_plugins_route_raises_is_answered_in_its_name(kit, caplog, error):
+    @get("/later")
+    async def later() -> None:
+        raise error
+
+    @get("/now", sync_to_thread=False)
+    def now() -> None:
+        raise error
+
+    @get("/beside", sync_to_thread=True)
+    def beside() -> None:
+        raise error
+
+    with kit.running(routes=[plugin_router("mine (mine-dist 1.2)", [later, now, beside])]) as server:
+        for path in ("/later", "/now", "/beside"):
+            answer = server.http.get(path)
+            assert answer.status_code == 500
+            assert f"Plugin mine (mine-dist 1.2) failed in GET {path} (error id" in answer.json()["error"]["message"]
+            assert "secret" not in answer.text
+            assert server.http.get("/health").status_code == 200
+        assert f"{type(error).__name__}: {error}" in caplog.text
+
+
+@pytest.mark.parametrize("error", [SystemExit(7), Panic("no start")], ids=repr)
+def test_a_lifespan_that_leaves_at_its_start_is_named(caplog, error):
+    @contextlib.asynccontextmanager
+    async def lifespan():
+        raise error
+        yield
+
+    async def start():
+        with pytest.raises(type(error)):
+            async with named_lifespan("mine", lifespan()):
+                pass
+
+    with pytest.raises(StopIteration):
+        start().send(None)
+    assert f"plugin mine: lightllm_lifespan failed to start: {type(error).__name__}: {error}" in caplog.text
+
+
 @pytest.fixture
 def heard(kit):
-    """(server, what a listener heard), with another listener that raises before it and one that hears nothing."""
+    """(server, what a listener heard), with others before it that raise, and one that hears nothing."""
     calls: list[tuple[str, dict]] = []
 
     def raises(facts):
         raise RuntimeError("not my day")
 
+    def leaves(facts):
+        raise SystemExit("good bye")
+
+    def panics(facts):
+        raise Panic("poisoned")
+
     listeners = [
         Listener(name="broken", on_request=raises, on_finish=raises),
+        Listener(name="leaving", on_request=leaves, on_finish=leaves),
+        Listener(name="panicking", on_request=panics, on_finish=panics),
         Listener(name="deaf"),
         Listener(
             name="good",
@@ -331,6 +384,9 @@ def test_listeners_hear_the_facts_and_one_that_raises_harms_nobody(heard, kit, c
     assert finish["cached_tokens"] == 3
     assert 0 <= finish["time_to_first_token"] <= finish["duration"] < 30
     assert "broken" in caplog.text and "not my day" in caplog.text
+    for event in ("on_request", "on_finish"):
+        assert f"leaving failed in {event}: SystemExit: good bye" in caplog.text
+        assert f"panicking failed in {event}: Panic: poisoned" in caplog.text
 
 
 def test_listeners_hear_of_streams_of_several_prompts(heard, kit):

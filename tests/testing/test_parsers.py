@@ -214,6 +214,45 @@ def test_a_grammar_of_what_the_parser_reads_passes() -> None:
     check_call_grammar(Forced, [*TOOLS, strict])
 
 
+class Plain(Good):
+    """Reads ``<call>weather:<city>Rome</city></call>``: an argument as it is, in no quotes."""
+
+    end = "</city>"
+
+    def push(self, text: str) -> Iterator[Any]:
+        for event in super().push(text):
+            if isinstance(event, CallArguments):
+                city = event.fragment.removeprefix("<city>").removesuffix(self.end)
+                yield CallArguments(event.index, json.dumps({"city": city}))
+            else:
+                yield event
+
+    def grammar(self, *, required: bool, parallel: bool) -> Grammar:
+        call = Joined((Fixed("weather:<city>"), Regex("[^<]*"), Fixed(self.end), Marker("</call>")))
+        if required:
+            return Repeated(Joined((Marker("<call>"), call)), 1, None if parallel else 1)
+        return Triggered((Trigger(Marker("<call>"), call),), most=None if parallel else 1)
+
+
+class InOnePattern(Plain):
+    def grammar(self, *, required: bool, parallel: bool) -> Grammar:
+        pattern = Regex("<call>weather:<city>[^<]*</city></call>")
+        if required:
+            return Repeated(pattern, 1, None if parallel else 1)
+        return super().grammar(required=required, parallel=parallel)
+
+
+class Endless(Plain):
+    """What llguidance reads for its pattern takes the beginning of the end, too."""
+
+    end = "\n</city>"
+
+
+@pytest.mark.parametrize("parser", [Plain, InOnePattern])
+def test_arguments_that_are_free_text_come_to_an_end(parser: Any) -> None:
+    check_call_grammar(parser, TOOLS[:1])
+
+
 class Loose(Forced):
     def call(self, tool: Any, required: bool) -> Grammar:
         return super().call(tool, False)
@@ -266,6 +305,7 @@ class Unread(Forced):
         (Unfree, "grammar(required=False) allows any text"),
         (Many, "grammar(parallel=False) allows one call at most"),
         (Wrong, "a parser's grammar compiles with llguidance"),
+        (Endless, "wherever a grammar leads, the texts and characters it names lead to its end"),
         (Others, "a grammar allows calls to the parser's tools only"),
         (Unread, "grammar(required=True) allows nothing but what the parser reads as calls"),
     ],

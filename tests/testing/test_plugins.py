@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
 import subprocess
@@ -11,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from distributions import site_in
 
 import lightllm.testing
 from lightllm import LinearMethodRecord, SamplerRecord, hookimpl
@@ -67,6 +69,25 @@ def test_a_file_is_a_plugin(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("def sample(", "def simple("))
     sys.modules.pop("a_plugin_in_a_file")
     assert "a_plugin_in_a_file:Sampler is no Sampler: it lacks sample" in reason(path)
+
+
+def test_what_an_extra_brings_may_be_missing_as_it_may_for_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = """
+        @hookimpl
+        def lightllm_samplers():
+            return [SamplerRecord(name="fast", target="fast_work:Sampler")]
+    """
+    modules = {"fast_plugin": records, "fast_work": "import fast_thing"}
+    with contextlib.contextmanager(site_in)(tmp_path, monkeypatch) as site:
+        requires = ["fast-thing; extra == 'fast'"]
+        site.install("fast-dist", {"fast": "fast_plugin"}, modules, requires=requires)
+        for plugin in ("fast_plugin", importlib.import_module("fast_plugin"), tmp_path / "fast_plugin.py"):
+            check_plugin(plugin)
+        metadata = tmp_path / "fast_dist-1.2.dist-info" / "METADATA"
+        metadata.write_text(metadata.read_text().replace("fast-thing;", "slow-thing;"))
+        assert "No module named 'fast_thing'" in reason("fast_plugin")
 
 
 def reason(plugin: Any) -> str:

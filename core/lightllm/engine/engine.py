@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 
-from lightllm.checks import Wrong, culprit, describe
+from lightllm.checks import INTERRUPTS, Wrong, culprit, describe
 from lightllm.engine.grammars import Grammars
 from lightllm.engine.request import Abort, Generate, Output, Ready, Step, joined
 from lightllm.engine.scheduler import Plan, Result, Scheduler
@@ -91,19 +91,23 @@ class Engine:
     def _start(self, plan: Plan) -> Flight:
         try:
             return Flight(plan, self.executor.start(plan))
-        except Exception as error:
+        except INTERRUPTS:
+            raise
+        except BaseException as error:
             results = self._failed(plan, error, again=True)
             return Flight(plan, lambda: results)
 
     def _land(self, flight: Flight) -> list[Output]:
         try:
             results = flight.results()
-        except Exception as error:
+        except INTERRUPTS:
+            raise
+        except BaseException as error:
             # with the next step under way it is too late for another try
             results = self._failed(flight.plan, error, again=self._flying is None)
         return self.scheduler.update(flight.plan, results)
 
-    def _failed(self, plan: Plan, error: Exception, again: bool) -> list[Result]:
+    def _failed(self, plan: Plan, error: BaseException, again: bool) -> list[Result]:
         """A step that fails is done again sequence by sequence: only those whose fault it is get an error. Raises what
         says that there is no worker to do it."""
         if isinstance(error, WorkerLost):
@@ -118,7 +122,9 @@ class Engine:
     def _run(self, plan: Plan) -> list[Result]:
         try:
             return self.executor.start(plan)()
-        except Exception as error:
+        except INTERRUPTS:
+            raise
+        except BaseException as error:
             return self._failed(plan, error, again=True)
 
     def _join(self) -> None:
@@ -129,7 +135,9 @@ class Engine:
             del self._compiling[request.id]
             try:
                 self._pending += self.scheduler.add(request, future.result())
-            except BaseException as error:  # a plugin's, too; a panic in Rust is no Exception
+            except INTERRUPTS:
+                raise
+            except BaseException as error:
                 known = isinstance(error, (GrammarError, UserError))
                 reason = str(error) if known else f"{self._grammars.name} failed: {describe(error)}"
                 self._pending += [Output(request.id, i, [], finish="error", error=reason) for i in range(request.n)]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightllm.checks import describe
+from lightllm.checks import INTERRUPTS, describe
 from lightllm.engine.grammars import Grammars
 from lightllm.engine.scheduler import Result, Seq
 from lightllm.interfaces import GrammarMatcher
@@ -51,7 +51,9 @@ class Masks:
         """Rule out what the grammars do not allow; logits [rows, vocabulary] are changed in place."""
         try:
             masks = started.result()
-        except BaseException as error:  # a panic in Rust is no Exception
+        except INTERRUPTS:
+            raise
+        except BaseException as error:
             for h in held:
                 h.result.error = f"{self._grammars.name} failed: {describe(error)}"
             return
@@ -75,7 +77,9 @@ class Masks:
             if h.result.error is None and h.result.refusal is None:
                 try:
                     self._follow(h)
-                except BaseException as error:  # a panic in Rust is no Exception
+                except INTERRUPTS:
+                    raise
+                except BaseException as error:
                     h.result.error = f"{self._grammars.name} failed: {describe(error)}"
 
     def _follow(self, h: Held) -> None:

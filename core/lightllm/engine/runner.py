@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightllm.checks import Wrong, culprit, describe
+from lightllm.checks import INTERRUPTS, Wrong, culprit, describe
 from lightllm.engine.graphs import Capture, Graphs
 from lightllm.engine.inputs import Inputs, Numbers, Rows
 from lightllm.engine.masks import Held, Masks
@@ -108,7 +108,9 @@ class Runner:
             yield
         except torch.AcceleratorError as error:  # memory that ran out is another error, after which one can go on
             raise WorkerLost(f"the device failed: {error}") from error
-        except Exception as error:
+        except INTERRUPTS:
+            raise
+        except BaseException as error:
             name = culprit(error, self._names)
             if name is None:
                 raise
@@ -184,11 +186,15 @@ class Runner:
         for processor, indices in claims.values():
             try:
                 self._apply(processor, logits, rows, indices)
-            except Exception:  # one row's fault is not to be another's
+            except INTERRUPTS:
+                raise
+            except BaseException:  # one row's fault is not to be another's
                 for i in indices:
                     try:
                         self._apply(processor, logits, rows, [i])
-                    except Exception as error:
+                    except INTERRUPTS:
+                        raise
+                    except BaseException as error:
                         log.exception("a logits processor failed")
                         results[i].error = f"{self._names[type(processor)]} failed: {describe(error)}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -9,8 +10,9 @@ from typing import Any
 
 from litestar import Request, Response, Router
 from litestar.exceptions import HTTPException
+from litestar.types import ASGIApp, Receive, Scope, Send
 
-from lightllm.checks import blamed, describe
+from lightllm.checks import INTERRUPTS, Wrong, blamed, describe
 from lightllm.interfaces import UserError
 from lightllm.options import CORE
 from lightllm.server.answer import api_error, internal_error
@@ -19,6 +21,8 @@ from lightllm.server.protocol import ApiError
 log = logging.getLogger("lightllm.server")
 
 _PLUGIN = "plugin"
+
+_INTERRUPTS = (*INTERRUPTS, asyncio.CancelledError)
 
 
 def error_response(answer: ApiError) -> Response[bytes]:
@@ -36,7 +40,27 @@ def plugin_router(label: str, handlers: Sequence[Any]) -> Router:
         return error_response(answer)
 
     with blamed(f"plugin {label}: lightllm_routes"):
-        return Router("/", route_handlers=handlers, exception_handlers={Exception: on_error}, opt={_PLUGIN: label})
+        return Router(
+            "/",
+            route_handlers=handlers,
+            exception_handlers={Exception: on_error},
+            middleware=[_only_exceptions],
+            opt={_PLUGIN: label},
+        )
+
+
+def _only_exceptions(app: ASGIApp) -> ASGIApp:
+    """What is no Exception, Litestar shows to no handler: it would end the server, or be answered in plain text."""
+
+    async def call(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await app(scope, receive, send)
+        except (Exception, *_INTERRUPTS):
+            raise
+        except BaseException as error:
+            raise Wrong(describe(error)) from error
+
+    return call
 
 
 def refuse_collisions(own: Sequence[Any], added: Iterable[Any]) -> None:
@@ -57,7 +81,9 @@ async def named_lifespan(label: str, context: AbstractAsyncContextManager[None])
     """The plugin's own, but what it raises says whose it is. One that cannot leave does not keep the others from it."""
     try:
         await context.__aenter__()
-    except Exception as error:
+    except _INTERRUPTS:
+        raise
+    except BaseException as error:
         log.error("plugin %s: lightllm_lifespan failed to start: %s", label, describe(error))
         raise
     try:
@@ -65,5 +91,7 @@ async def named_lifespan(label: str, context: AbstractAsyncContextManager[None])
     finally:
         try:
             await context.__aexit__(None, None, None)
-        except Exception as error:
+        except _INTERRUPTS:
+            raise
+        except BaseException as error:
             log.exception("plugin %s: lightllm_lifespan failed to end: %s", label, describe(error))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lightllm.chat import ChatTemplate
-from lightllm.checks import describe
+from lightllm.checks import INTERRUPTS, describe
 from lightllm.config import Config
 from lightllm.engine.client import EngineUnavailable
 from lightllm.engine.request import Ready
@@ -93,5 +93,7 @@ class ServerState:
             if call is not None:
                 try:
                     call(facts)
-                except Exception as error:
+                except INTERRUPTS:
+                    raise
+                except BaseException as error:
                     log.exception("%s failed in %s: %s", listener.name, event, describe(error))

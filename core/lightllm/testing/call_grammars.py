@@ -9,8 +9,9 @@ from typing import Any
 
 import jsonschema_rs
 
+from lightllm.chat import TOOL_EVENTS
 from lightllm.grammar import Fixed, Grammar, GrammarError
-from lightllm.interfaces import CallArguments, CallGrammar, CallStart, Event, ReasoningGrammar, Text, ToolParser
+from lightllm.interfaces import CallGrammar, Event, ReasoningGrammar, Text, ToolParser
 from lightllm.testing.grammars import markers, matchers_for
 from lightllm.testing.parsers import calls_of, how, joined, pieces_at
 from lightllm.testing.rules import broken, resolve, shown
@@ -75,11 +76,10 @@ def _check_reading(
     parallel: bool,
     draw: random.Random,
 ) -> None:
-    allowed = (Text, CallStart, CallArguments)
-    events = joined(make, allowed, [text])
+    events = joined(make, TOOL_EVENTS, [text])
     facts = [form, f"it allows: {shown(text)}", f"the parser reads: {shown(events)}"]
     for pieces in (list(text), pieces_at(text, draw.choices(range(len(text) + 1), k=10))):
-        again = joined(make, allowed, pieces)
+        again = joined(make, TOOL_EVENTS, pieces)
         if again != events:
             rule = "every way of cutting the text gives the same events when joined"
             raise broken(rule, *facts, f"pushed {how(pieces)}: {shown(again)}")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from lightllm.grammar import Grammar, Marker
+from lightllm.grammar import Fixed, Grammar, Marker, Regex
 from lightllm.interfaces import GrammarBackend, GrammarMatcher
 from lightllm.testing.checkpoints import byte_tokenizer
 from lightllm.testing.rules import broken, shown
@@ -23,8 +24,11 @@ WORDS = ('{"', '":', ', "', '"}', "}\n", "</", ": ", "true", "ab", "l>", "天气
 
 END = "<eos>"
 
-CLOSING = (END, '"', "}", "]", "0")
+CLOSING = (END, '"', "}", "]", "0", "\n")
 """What ends most things that may go on for ever."""
+
+ROUNDS = 4
+"""Times that a way is taken which leads on to the same place again, before another is."""
 
 Backend = Callable[[Any, int, Sequence[int]], GrammarBackend]
 
@@ -105,14 +109,26 @@ class TextMatcher:
         """A text that the grammar allows. Of the choices some follow a hint as far as it leads, some hasten the end."""
         haste = draw.choice([0.1, 0.3, 0.6])
         matcher = self.compile(grammar)
-        closing = [self.cuts(text)[0] for text in CLOSING]
+        closing = [self.cuts(text)[0] for text in (*CLOSING, *literals(grammar))]
+        tried: Counter[tuple[tuple[int, ...], int]] = Counter()
         tokens: list[int] = []
         allowed = self.allowed(matcher)
         while not matcher.finished():
-            assert allowed and len(tokens) < 3 * longest, matcher.error() or f"no end of {self.text(tokens)!r}"
+            here = tuple(allowed)
+            if not here or len(tokens) >= 3 * longest:
+                raise broken(
+                    "wherever a grammar leads, the texts and characters it names lead to its end",
+                    f"grammar: {shown(grammar)}",
+                    f"no end of: {shown(self.text(tokens))}",
+                    "a pattern takes all it can: what follows it must begin with something else",
+                    *filter(None, [matcher.error()]),
+                )
+            number = None
             if len(tokens) > longest or draw.random() < haste:
-                # else what has come least: of two ways the one that does not go round again
-                way = next((way for way in closing if way[0] in allowed), [min(allowed, key=tokens.count)])
+                # the last: what has come least; of two ways one may go round again
+                ways = [*(way for way in closing if way[0] in allowed), [min(allowed, key=tokens.count)]]
+                number = min(range(len(ways)), key=lambda i: tried[here, i] // ROUNDS)
+                way = ways[number]
             else:
                 way = self.cuts(draw.choice(hints))[0] if hints and draw.random() < 0.4 else [draw.choice(allowed)]
             if way == [self.eos]:
@@ -120,9 +136,12 @@ class TextMatcher:
             for token in way:
                 if token not in allowed:
                     break
-                assert matcher.accept(token), matcher.error()
+                if not matcher.accept(token):
+                    raise broken("accept takes a token that the mask allows", f"grammar: {shown(grammar)}")
                 tokens.append(token)
                 allowed = self.allowed(matcher)
+            if number is not None:
+                tried[here, number] += 1 if tuple(allowed) != here else ROUNDS
         return self.text(tokens)
 
 
@@ -133,16 +152,27 @@ def bits(mask: torch.Tensor) -> list[int]:
     return ((mask[:, None] >> torch.arange(32)) & 1).flatten().nonzero().flatten().tolist()
 
 
+def nodes(grammar: Any) -> Iterator[Any]:
+    """It and all its parts."""
+    if isinstance(grammar, tuple):
+        for part in grammar:
+            yield from nodes(part)
+    elif isinstance(grammar, msgspec.Struct):
+        yield grammar
+        for name in grammar.__struct_fields__:
+            yield from nodes(getattr(grammar, name))
+
+
 def markers(grammar: Any) -> Iterator[str]:
     """The names of its special tokens."""
-    if isinstance(grammar, Marker):
-        yield grammar.text
-    elif isinstance(grammar, tuple):
-        for part in grammar:
-            yield from markers(part)
-    elif isinstance(grammar, msgspec.Struct):
-        for name in grammar.__struct_fields__:
-            yield from markers(getattr(grammar, name))
+    return (node.text for node in nodes(grammar) if isinstance(node, Marker))
+
+
+def literals(grammar: Any) -> list[str]:
+    """Its fixed texts, and the characters of its patterns, which are literal or do no harm."""
+    texts = [node.text for node in nodes(grammar) if isinstance(node, Fixed)]
+    characters = [character for node in nodes(grammar) if isinstance(node, Regex) for character in node.pattern]
+    return list(dict.fromkeys(filter(None, (*texts, *characters))))
 
 
 def matchers_for(grammar: Grammar) -> dict[str, TextMatcher]:

@@ -9,7 +9,8 @@ from itertools import chain, combinations, pairwise
 from math import comb
 from typing import Any
 
-from lightllm.chat import merged
+from lightllm.chat import REASONING_EVENTS, TOOL_EVENTS, broken_rule, merged
+from lightllm.checks import INTERRUPTS
 from lightllm.interfaces import (
     CallArguments,
     CallGrammar,
@@ -55,7 +56,7 @@ def check_tool_parser(
         made: ToolParser = target(tools)
         return made
 
-    events = _obey(make, (Text, CallStart, CallArguments), text)
+    events = _obey(make, TOOL_EVENTS, text)
     _expect("content", text, events, content, _joined(events, Text))
     found = calls_of(events)
     _expect("names of the calls", text, events, [name for name, _ in calls], [name for name, _ in found])
@@ -85,7 +86,7 @@ def check_reasoning_parser(
         made: ReasoningParser = target(prompt)
         return made
 
-    events = _obey(make, (Text, Reasoning), text)
+    events = _obey(make, REASONING_EVENTS, text)
     _expect("reasoning", text, events, reasoning, _joined(events, Reasoning))
     _expect("content", text, events, content, _joined(events, Text))
     if grammar and content and isinstance(made := make(), ReasoningGrammar):
@@ -108,19 +109,23 @@ def read(make: Make, allowed: tuple[type, ...], pieces: Sequence[str]) -> list[l
     """The events of each push and, last, of close. Raises AssertionError where they are not what a parser may say."""
     try:
         parser = make()
-    except Exception as error:
+    except INTERRUPTS:
+        raise
+    except BaseException as error:
         raise broken("a parser can be made", f"it raised {type(error).__name__}: {error}") from error
     told: list[list[Event]] = []
     started = 0
     for piece in [*pieces, None]:
         try:
             events: list[Any] = list(parser.close() if piece is None else parser.push(piece))
-        except Exception as error:
+        except INTERRUPTS:
+            raise
+        except BaseException as error:
             rule = "push and close take any text and answer with events; they do not raise"
             raise broken(rule, f"{_where(pieces, piece)} raised {type(error).__name__}: {error}") from error
         for event in events:
-            if wrong := _what_is_wrong(event, allowed, started):
-                raise broken(wrong, f"{_where(pieces, piece)} gave {shown(event)}")
+            if rule := broken_rule(event, allowed, started):
+                raise broken(rule, f"{_where(pieces, piece)} gave {shown(event)}")
             started += isinstance(event, CallStart)
         told.append(events)
     return told
@@ -134,21 +139,6 @@ def joined(make: Make, allowed: tuple[type, ...], pieces: Sequence[str]) -> list
 def _where(pieces: Sequence[str], piece: str | None) -> str:
     what = "close()" if piece is None else f"push({shown(piece, 80)})"
     return f"text pushed {how(pieces)}: {what}"
-
-
-def _what_is_wrong(event: Any, allowed: tuple[type, ...], started: int) -> str | None:
-    """The rule that this event breaks, ``started`` calls having begun before."""
-    if type(event) not in allowed:
-        return f"the events of this parser are of the types {', '.join(kind.__name__ for kind in allowed)}"
-    if isinstance(event, CallStart):
-        if not (isinstance(event.name, str) and event.name):
-            return "a call has a name"
-        return None if event.index == started else f"calls are counted from 0 (expected: index={started})"
-    if not isinstance(_text_of(event), str):
-        return "an event's fields are of their types"
-    if isinstance(event, CallArguments) and event.index not in range(started):
-        return "a call's CallStart comes before its CallArguments"
-    return None
 
 
 def _obey(make: Make, allowed: tuple[type, ...], text: str) -> list[Event]:
