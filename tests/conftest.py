@@ -9,8 +9,8 @@ import pytest
 
 from lightllm_builtin.sources.demo import demo_model as fetch_demo_model
 
-# As the engine's own process has it (`lightllm.engine.client.THREADS`): beside anything else that runs, a step of a tiny
-# model would otherwise take as long as threads spin. To be set before torch is imported.
+# As the engine's own process has it (`lightllm.engine.client.THREADS`): beside anything else that runs, a step of a
+# tiny model would otherwise take as long as threads spin. To be set before torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 if not any(Path("/dev").glob("nvidia[0-9]*")):

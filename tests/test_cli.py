@@ -185,8 +185,9 @@ def test_check_of_sound_plugins_exits_with_0(site: Site, capsys: pytest.CaptureF
 def test_what_plugins_print_is_not_among_the_json(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     source = PARSER.replace("    @hookimpl", "    print('imported')\n    @hookimpl", 1)
     source = source.replace("(group):", "(group):\n        print('asked')")
-    work = f"    print('checked')\n{WORK}"
-    site.install("mine-dist", {"mine": "mine_module"}, {"mine_module": source, "mine_work": work})
+    site.install(
+        "mine-dist", {"mine": "mine_module"}, {"mine_module": source, "mine_work": f"    print('checked')\n{WORK}"}
+    )
     builtin = ",".join(report.name for report in Plugins.discover(quiet=True).report() if report.builtin)
     del sys.modules["mine_module"]
     capsys.readouterr()

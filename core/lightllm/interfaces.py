@@ -319,14 +319,16 @@ class SamplingRow(Protocol):
     output: list[int]
     """The tokens generated so far; under a sampler that `overlaps <Sampler>`, all but the last few where the request
     sets no field of a logits processor and has no grammar."""
-    generated: int
-    """How many there are."""
     index: int
     """Which of the request's ``n`` choices this is."""
     seed: int
     """The request's seed, or one drawn for it. The same (seed, index, generated) must give the same draw."""
     stop_ids: tuple[int, ...]
     """Ids that end this sequence: the model's eos (unless ignore_eos) and the request's stop_token_ids."""
+
+    @property
+    def generated(self) -> int:
+        """How many tokens were generated, those that ``output`` lacks among them."""
 
 
 class Sampler(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -35,9 +36,10 @@ class _Name(msgspec.Struct, kw_only=True):
     name: str
 
 
-class _Named(msgspec.Struct, kw_only=True, tag_field="type", tag="function"):
-    """``tool_choice`` of one function, and what is listed in `_Allowed`."""
+class _Named(msgspec.Struct, kw_only=True):
+    """``tool_choice`` of one function, and what is listed in `_Some`."""
 
+    type: Literal["function"]
     function: _Name
 
 
@@ -46,7 +48,7 @@ class _Some(msgspec.Struct, kw_only=True):
     tools: Annotated[list[_Named], Meta(min_length=1)]
 
 
-class _Allowed(msgspec.Struct, kw_only=True, tag_field="type", tag="allowed_tools"):
+class _Allowed(msgspec.Struct, kw_only=True):
     """``tool_choice`` of several functions."""
 
     allowed_tools: _Some
@@ -66,23 +68,27 @@ def read_tools(request: ChatRequest) -> Tools:
         raise ApiError("tool_choice is none, auto, required, a function or allowed_tools.", param="tool_choice")
     if not tools:
         raise ApiError("tool_choice can only be used with tools.", param="tool_choice")
-    if choice == "required":
+    if isinstance(choice, str):
         return Tools(tools, tools, everything, True, parallel)
-    if (kind := choice.get("type", "function")) not in ("function", "allowed_tools"):
-        raise ApiError(
-            f"tool_choice of type {kind!r} is not supported, only 'function' and 'allowed_tools'.", param="tool_choice"
-        )
-    chosen = convert(choice, _Named | _Allowed, "tool_choice")
+    kind = choice.get("type", "function")
+    if kind == "function":
+        indices = _indices(tools, [convert(choice, _Named, "tool_choice")])
+        return Tools(tools, [tools[i] for i in indices], indices, True, False)  # who is named is called once
+    if kind == "allowed_tools":
+        allowed = convert(choice, _Allowed, "tool_choice").allowed_tools
+        indices = _indices(tools, allowed.tools)
+        return Tools(tools, [tools[i] for i in indices], indices, allowed.mode == "required", parallel)
+    raise ApiError(
+        f"tool_choice of type {kind!r} is not supported, only 'function' and 'allowed_tools'.", param="tool_choice"
+    )
+
+
+def _indices(tools: Sequence[dict[str, Any]], chosen: Sequence[_Named]) -> list[int]:
     numbers = {tool["function"]["name"]: i for i, tool in enumerate(tools)}
-    names = [named.function.name for named in ([chosen] if isinstance(chosen, _Named) else chosen.allowed_tools.tools)]
-    for name in names:
-        if name not in numbers:
-            raise ApiError(f"There is no tool called {name!r} among the tools.", param="tool_choice")
-    indices = sorted({numbers[name] for name in names})
-    callable = [tools[i] for i in indices]
-    if isinstance(chosen, _Named):  # which is called once
-        return Tools(tools, callable, indices, True, False)
-    return Tools(tools, callable, indices, chosen.allowed_tools.mode == "required", parallel)
+    for named in chosen:
+        if named.function.name not in numbers:
+            raise ApiError(f"There is no tool called {named.function.name!r} among the tools.", param="tool_choice")
+    return sorted({numbers[named.function.name] for named in chosen})
 
 
 def check_tools(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
