@@ -124,8 +124,8 @@ def read(make: Make, allowed: tuple[type, ...], pieces: Sequence[str]) -> list[l
             rule = "push and close take any text and answer with events; they do not raise"
             raise broken(rule, f"{_where(pieces, piece)} raised {type(error).__name__}: {error}") from error
         for event in events:
-            if rule := broken_rule(event, allowed, started):
-                raise broken(rule, f"{_where(pieces, piece)} gave {shown(event)}")
+            if fault := broken_rule(event, allowed, started):
+                raise broken(fault, f"{_where(pieces, piece)} gave {shown(event)}")
             started += isinstance(event, CallStart)
         told.append(events)
     return told
