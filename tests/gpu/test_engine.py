@@ -63,7 +63,14 @@ def test_a_step_begins_without_waiting_for_the_device(build: Callable[..., Engin
             torch.cuda.set_sync_debug_mode("default")
 
     engine.executor.start = checked  # type: ignore[method-assign]
-    menu = ({"temperature": 0.0}, {"seed": 1}, {"seed": 2, "top_k": 9, "top_p": 0.8, "logprobs": 2}, {"min_tokens": 4})
+    menu: tuple[dict[str, Any], ...] = (
+        {"temperature": 0.0},
+        {"seed": 1},
+        {"seed": 2, "top_k": 9, "top_p": 0.8, "logprobs": 2},
+        {"min_tokens": 4},
+        {"repetition_penalty": 1.2},
+        {"presence_penalty": 0.5, "frequency_penalty": 0.5},
+    )
     requests = [
         Generate(id=str(i), prompt=list(range(5 + i)), params=SamplingParams(max_tokens=9 + i, ignore_eos=True, **more))
         for i, more in enumerate(menu)

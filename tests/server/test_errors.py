@@ -161,7 +161,7 @@ def test_a_wrong_conversation_is_refused_by_the_place_of_the_fault(server, field
         ({"prompt": [True]}, "prompt[0]"),
         ({"prompt": [-1]}, "prompt[0]"),
         ({"prompt": [257]}, "prompt"),
-        ({"prompt": [[1], [2**70]]}, "prompt[1]"),
+        ({"prompt": [[1], [2**70]]}, "prompt[1][0]"),
         ({"prompt": "a", "logprobs": True}, "logprobs"),
         ({"prompt": "a", "logprobs": 21}, "logprobs"),
         ({"prompt": "a", "best_of": 0}, "best_of"),
