@@ -6,12 +6,16 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from lightllm_builtin.sources.demo import demo_model as fetch_demo_model
 
 # As the engine's own process has it (`lightllm.engine.client.THREADS`): beside anything else that runs, a step of a
 # tiny model would otherwise take as long as threads spin. To be set before torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+
+settings.register_profile("suite", deadline=None)  # how long an example takes says how busy the machine is
+settings.load_profile("suite")
 
 if not any(Path("/dev").glob("nvidia[0-9]*")):
     # Without a device kernels run in Triton's interpreter, which has to be asked for before they are imported.
