@@ -91,10 +91,10 @@ class Panic(BaseException):
 
 
 class Panicking(StandardSampler):
-    def sample(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+    def sample(self, logits: torch.Tensor, rows: Sequence[SamplingRow], history: History) -> torch.Tensor:
         if any(len(row.prompt) + len(row.output) == UNLUCKY for row in rows):
             raise Panic("poisoned")
-        return super().sample(logits, rows)
+        return super().sample(logits, rows, history)
 
 
 class Leaving(LocalExecutor):
