@@ -198,4 +198,6 @@ def serve(
 
 
 def _absolute(plugin: str | Path) -> str:
-    return str(Path(plugin).resolve()) if Path(plugin).exists() or isinstance(plugin, Path) else plugin
+    """As ``--plugin`` has it: a plain name is a module's, whatever folder is called so, too."""
+    is_path = isinstance(plugin, Path) or "/" in plugin or plugin.endswith(".py")
+    return str(Path(plugin).resolve()) if is_path else str(plugin)
