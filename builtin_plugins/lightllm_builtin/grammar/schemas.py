@@ -92,7 +92,7 @@ def _clean(schema: Any) -> Any:
         if key in ("const", "enum"):
             for literal in value if key == "enum" and isinstance(value, list) else [value]:
                 _check_literal(literal)
-                for text in _strings(literal):
+                for text in filter(lambda leaf: isinstance(leaf, str), _leaves(literal)):
                     _check_characters(key, text)
         elif key == "pattern" and isinstance(value, str):
             _check_characters(key, _fixed_characters(value))
@@ -113,7 +113,7 @@ def _clean(schema: Any) -> Any:
 def _check_literal(value: Any) -> None:
     if len(text := json.dumps(value)) > LONGEST:
         raise GrammarError(f"a literal of {len(text):,} characters is too long, {LONGEST:,} is the limit")
-    if any(abs(number) > EXACT for number in _integers(value)):
+    if any(isinstance(leaf, int) and abs(leaf) > EXACT for leaf in _leaves(value)):
         raise GrammarError("integers beyond 2**53 cannot be enforced exactly")
 
 
@@ -143,20 +143,11 @@ def _check_bounds(schema: dict[str, Any]) -> None:
         raise GrammarError("an exclusive bound less than 1 from the other bound cannot be enforced exactly")
 
 
-def _strings(value: Any) -> list[str]:
+def _leaves(value: Any) -> list[Any]:
+    """What is in it and is no container; names are not."""
     if isinstance(value, dict):
         value = list(value.values())
-    if isinstance(value, list):
-        return [text for inner in value for text in _strings(inner)]
-    return [value] if isinstance(value, str) else []
-
-
-def _integers(value: Any) -> list[int]:
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        return [number for inner in value for number in _integers(inner)]
-    return [value] if isinstance(value, int) else []
+    return [leaf for inner in value for leaf in _leaves(inner)] if isinstance(value, list) else [value]
 
 
 def modest(schema: str) -> bool:

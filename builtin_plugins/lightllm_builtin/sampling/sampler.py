@@ -119,19 +119,22 @@ def uniform(seed: int, choice: int, position: int) -> float:
 
 def penalize(logits: Tensor, rows: Sequence[SamplingRow], history: History) -> None:
     """Presence and frequency over the answer (OpenAI), repetition over all of it (CTRL, Keskar et al., 2019)."""
-    ends = [len(row.prompt) + row.generated for row in rows]
+
+    def counts(which: Sequence[int], where: Tensor, starts: Sequence[int]) -> Tensor:
+        ends = [len(rows[i].prompt) + rows[i].generated for i in which]
+        return history.counts(where, starts, ends, logits.shape[-1])
+
     additive = [i for i, r in enumerate(rows) if r.params.presence_penalty or r.params.frequency_penalty]
     if additive:
         where = send(additive, torch.int64, logits.device)
-        starts = [len(rows[i].prompt) for i in additive]
-        counts = history.counts(where, starts, [ends[i] for i in additive], logits.shape[-1])
+        said = counts(additive, where, [len(rows[i].prompt) for i in additive])
         presence = _column([rows[i].params.presence_penalty for i in additive], logits)
         frequency = _column([rows[i].params.frequency_penalty for i in additive], logits)
-        logits[where] -= counts * frequency + (counts > 0) * presence
+        logits[where] -= said * frequency + (said > 0) * presence
     repetition = [i for i, r in enumerate(rows) if r.params.repetition_penalty != 1]
     if repetition:
         where = send(repetition, torch.int64, logits.device)
-        seen = history.counts(where, [0] * len(repetition), [ends[i] for i in repetition], logits.shape[-1]) > 0
+        seen = counts(repetition, where, [0] * len(repetition)) > 0
         penalty = _column([rows[i].params.repetition_penalty for i in repetition], logits)
         chosen = logits[where]
         logits[where] = torch.where(seen, torch.where(chosen > 0, chosen / penalty, chosen * penalty), chosen)

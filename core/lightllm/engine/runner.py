@@ -30,7 +30,6 @@ log = logging.getLogger("lightllm.engine")
 LOGIT_ROWS = 256
 """Prompt log-probabilities are computed this many positions at a time: a whole vocabulary wide, they are large."""
 
-
 LONG = 512
 """Tokens of a long prompt, for kernels."""
 

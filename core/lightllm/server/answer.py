@@ -24,7 +24,7 @@ from lightllm.checks import Wrong
 from lightllm.engine.client import EngineUnavailable, Generation
 from lightllm.engine.request import Logprobs, Output, SamplingParams, joined
 from lightllm.interfaces import Event, Text
-from lightllm.server.protocol import ApiError, CachedTokens, Usage
+from lightllm.server.protocol import ApiError, CachedTokens, Usage, unavailable
 from lightllm.server.state import ServerState
 from lightllm.tokenizer import StopStrings, Tokenizer
 
@@ -420,9 +420,7 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, EngineUnavailable):
-        return ApiError(
-            f"The server cannot answer now: {error}", status=503, type="server_error", headers={"retry-after": "1"}
-        )
+        return unavailable(error)
     if isinstance(error, HTTPException) and error.detail == _GONE:
         return ApiError("The body ended too soon.")
     if isinstance(error, HTTPException) and error.status_code < 500:

@@ -22,7 +22,7 @@ import msgspec
 
 from lightllm.grammar import Grammar, GrammarError
 from lightllm.interfaces import GrammarBackend, UserError
-from lightllm.server.protocol import ApiError
+from lightllm.server.protocol import unavailable
 
 SECONDS = 0.8
 """Of processor time in which a grammar must be compiled, and tried."""
@@ -87,7 +87,7 @@ class GrammarChecker:
             return await asyncio.wait_for(_exchange(process, message), PATIENCE_SECONDS)
         except (asyncio.TimeoutError, TimeoutError):
             await self.close()
-            raise _busy("the grammar could not be checked in time") from None
+            raise unavailable("the grammar could not be checked in time") from None
         except (OSError, EOFError):
             await self.close()
             if process.returncode == -signal.SIGPROF:
@@ -106,15 +106,9 @@ class GrammarChecker:
             except BaseException as error:
                 await self.close()
                 if isinstance(error, (asyncio.TimeoutError, TimeoutError, OSError, EOFError)):
-                    raise _busy("the process that checks grammars could not be started") from None
+                    raise unavailable("the process that checks grammars could not be started") from None
                 raise
         return self._process
-
-
-def _busy(why: str) -> ApiError:
-    return ApiError(
-        f"The server cannot answer now: {why}", status=503, type="server_error", headers={"retry-after": "1"}
-    )
 
 
 async def _exchange(process: Process, message: bytes) -> str:

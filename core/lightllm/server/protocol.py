@@ -41,6 +41,13 @@ class ApiError(Exception):
         )
 
 
+def unavailable(why: object) -> ApiError:
+    """The fault is neither the request's nor lasting."""
+    return ApiError(
+        f"The server cannot answer now: {why}", status=503, type="server_error", headers={"retry-after": "1"}
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Requests
 
