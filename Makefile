@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 MODEL ?= demo
 PORT ?= 8000
+WORKERS ?= 2
 BIN := $(VENV)/bin
 PLUGINS := $(wildcard plugins/*)
 
@@ -21,8 +22,8 @@ $(BIN)/.ready: pyproject.toml constraints.txt $(PLUGINS:=/pyproject.toml)
 serve: $(BIN)/.ready  ## serve MODEL (a small real chat model unless given) on PORT
 	$(BIN)/lightllm-serve --model $(MODEL) --port $(PORT)
 
-test: $(BIN)/.ready  ## the whole test suite
-	$(BIN)/python -m pytest
+test: $(BIN)/.ready  ## the whole test suite, in as many processes as WORKERS says
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(BIN)/.ready  ## style, types, and which module may import which
 	$(BIN)/ruff check .

@@ -6,15 +6,18 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from lightllm_builtin.sources.demo import demo_model as fetch_demo_model
 
 # As the engine's own process has it (`lightllm.engine.client.THREADS`): beside anything else that runs, a step of a
 # tiny model would otherwise take as long as threads spin. To be set before torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # each worker has a core, with whatever it starts
 
-settings.register_profile("suite", deadline=None)  # how long an example takes says how busy the machine is
+# how long an example takes, to run or to draw, says how busy the machine is
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
 
 if not any(Path("/dev").glob("nvidia[0-9]*")):

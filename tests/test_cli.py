@@ -60,7 +60,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
 
 
 def run(*line: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", *line], capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run([sys.executable, "-m", *line], capture_output=True, text=True, timeout=600, check=False)
 
 
 def listed(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -233,7 +233,7 @@ def test_lightllms_own_line_starts_the_same_server_with_every_model_name(
 
 def test_the_console_script_reports_a_mistake_with_exit_code_2() -> None:
     script = Path(sys.executable).with_name("lightllm-serve")
-    result = subprocess.run([script, "--prot", "1"], capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run([script, "--prot", "1"], capture_output=True, text=True, timeout=600, check=False)
     assert result.returncode == 2
     assert "lightllm-serve: error: unknown option --prot. Did you mean --port?" in result.stderr
     assert "Traceback" not in result.stderr

@@ -54,7 +54,7 @@ def test_it_keeps_the_rules_of_samplers() -> None:
         # flat: top-p reaches far past the first candidates, and all have to be looked at
         ({"temperature": 50.0, "top_p": 0.95}, [TemperatureLogitsWarper(50.0), TopPLogitsWarper(0.95)]),
     ],
-    ids=str,
+    ids=["plain", "temperature", "top-k", "top-p", "min-p", "all", "flat"],
 )
 def test_draws_follow_the_distribution_transformers_describes(params: dict[str, Any], warpers: list[Any]) -> None:
     row = logits(1)

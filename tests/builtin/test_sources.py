@@ -270,7 +270,7 @@ def hub(tmp_path: Path) -> Iterator[Resolve]:
             env=inherited | ours | environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
             check=True,
         )
         path, error = json.loads(result.stdout)

@@ -33,7 +33,7 @@ def demo() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def api(demo: Server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{demo.url}/v1", api_key="none", max_retries=0, timeout=280) as client:
+    with openai.OpenAI(base_url=f"{demo.url}/v1", api_key="none", max_retries=0, timeout=840) as client:
         yield client
 
 

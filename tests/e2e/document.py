@@ -44,6 +44,6 @@ def run_example(number: int, max_tokens: int = 1000) -> str:
     """What it prints. ``max_tokens``: to save time, nothing else."""
     assert '"max_tokens": 1000' in EXAMPLES[number]
     code = EXAMPLES[number].replace('"max_tokens": 1000', f'"max_tokens": {max_tokens}')
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout

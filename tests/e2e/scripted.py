@@ -142,7 +142,7 @@ def ask_all(server: Server, requests: Iterable[dict[str, Any]]) -> list[Asked]:
     """Each request whole, by the official client and at temperature 1, and streamed, by none and at temperature 0."""
     limits = httpx.Limits(max_connections=AT_ONCE)
     with (
-        httpx.Client(timeout=120, limits=limits) as http,
+        httpx.Client(timeout=600, limits=limits) as http,
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, http_client=http) as api,
         ThreadPoolExecutor(AT_ONCE) as pool,
     ):

@@ -258,14 +258,14 @@ def node_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pytest.skip(f"{program} is not installed, the Node client was not tried")
     folder = Path(shutil.copytree(Path(__file__).parent / "node", tmp_path_factory.mktemp("node") / "client"))
     command = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--prefer-offline"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return folder
 
 
 def test_the_node_client_finds_all_it_needs(demo: Server, node_folder: Path) -> None:
     done = subprocess.run(
-        ["node", "client.mjs", demo.url], cwd=node_folder, capture_output=True, text=True, timeout=120
+        ["node", "client.mjs", demo.url], cwd=node_folder, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

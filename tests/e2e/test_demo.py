@@ -53,7 +53,7 @@ def test_the_readmes_examples_print_what_it_says(demo: Server) -> None:
     for code, printed in examples:
         assert "http://127.0.0.1:8000" in code
         code = code.replace("http://127.0.0.1:8000", demo.url)
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=True)
         assert done.stdout.strip() == printed
 
 
@@ -91,10 +91,11 @@ async def one(http: httpx.AsyncClient, url: str, i: int, stream: bool) -> str:
     return text
 
 
+@pytest.mark.timeout(1800)  # a minute where nothing else runs
 def test_64_concurrent_streams_equal_their_answers_alone(demo: Server) -> None:
     async def run() -> tuple[list[str], list[str]]:
         limits = httpx.Limits(max_connections=64)
-        async with httpx.AsyncClient(timeout=300, limits=limits) as http:
+        async with httpx.AsyncClient(timeout=900, limits=limits) as http:
             together = await asyncio.gather(*(one(http, demo.url, i, stream=True) for i in range(64)))
             alone = [await one(http, demo.url, i, stream=False) for i in range(64)]
         return list(together), alone

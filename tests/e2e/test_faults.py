@@ -108,7 +108,7 @@ def post(server: Server, path: str = "completions", **fields: Any) -> httpx.Resp
     body = {"model": "m", "max_tokens": 40, "temperature": 0, "ignore_eos": True, "logit_bias": {"13": -100}} | fields
     if "messages" not in body:
         body.setdefault("prompt", "w1 w7")
-    return httpx.post(f"{server.url}/v1/{path}", json=body, timeout=120)
+    return httpx.post(f"{server.url}/v1/{path}", json=body, timeout=600)
 
 
 def tool(name: str) -> dict[str, Any]:

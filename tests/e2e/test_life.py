@@ -26,7 +26,7 @@ def server(checkpoint: Path) -> Iterator[Server]:
 
 
 def complete(server: Server, **fields: object) -> httpx.Response:
-    return httpx.post(f"{server.url}/v1/completions", json=SHORT | fields, timeout=60)
+    return httpx.post(f"{server.url}/v1/completions", json=SHORT | fields, timeout=600)
 
 
 def until(condition: Callable[[], bool], seconds: float = 30) -> None:
@@ -60,7 +60,7 @@ def test_a_client_that_leaves_makes_room_at_once(server: Server) -> None:
 def test_an_engine_that_dies_is_replaced_and_its_requests_are_told(server: Server) -> None:
     before = complete(server).json()["choices"][0]["text"]
     first = engine_of(server)
-    with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG | {"n": 100}, timeout=60) as response:
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG | {"n": 100}, timeout=600) as response:
         lines = response.iter_lines()
         next(lines)
         first.kill()
@@ -89,7 +89,7 @@ def test_sigterm_lets_answers_finish_and_leaves_nothing_behind(server: Server) -
     found: list[str] = []
 
     def read() -> None:
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG, timeout=60) as response:
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG, timeout=600) as response:
             found.extend(response.iter_lines())
 
     reader = threading.Thread(target=read)

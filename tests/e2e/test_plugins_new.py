@@ -58,7 +58,7 @@ def test_a_new_parser_is_installed_passes_its_tests_and_is_served(environment: E
     assert call["function"] == {"name": "now", "arguments": "{}"}
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_new_plugins_of_every_kind_pass_their_tests_side_by_side(environment: Environment, tmp_path: Path) -> None:
     names = [f"my-{kind}" for kind in KINDS]
 

@@ -185,7 +185,7 @@ def cramped(scripted: Scripted) -> Iterator[Server]:
 
 
 def ask(server: Server, text: str, **fields: Any) -> dict[str, Any]:
-    answer = httpx.post(f"{server.url}/v1/chat/completions", json=script(text, **fields), timeout=60)
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=script(text, **fields), timeout=600)
     assert answer.status_code == 200, answer.text
     return answer.json()
 

@@ -56,7 +56,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def complete(server: Server, prompt: str) -> str:
     body = {"model": "m", "prompt": prompt, "max_tokens": 4, "temperature": 0}
-    reply = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+    reply = httpx.post(f"{server.url}/v1/completions", json=body, timeout=600)
     assert reply.status_code == 200, reply.text
     return str(reply.json()["choices"][0]["text"])
 

@@ -48,7 +48,7 @@ def with_engine(folder: Path, use: Callable[[EngineClient], Awaitable[None]]) ->
         line = asyncio.create_task(client.run(ready.set))
         try:
             waiting = asyncio.create_task(ready.wait())
-            await asyncio.wait({line, waiting}, timeout=60, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({line, waiting}, timeout=600, return_when=asyncio.FIRST_COMPLETED)
             assert client.healthy
             await use(client)
         finally:

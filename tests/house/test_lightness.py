@@ -14,7 +14,7 @@ def loaded_by(code: str) -> list[str]:
     """Which heavy packages a fresh interpreter holds after running ``code``."""
     tail = f"\nimport sys\nsys.stderr.write(' '.join(m for m in {HEAVY!r} if m in sys.modules))"
     result = subprocess.run(
-        [sys.executable, "-c", code + tail], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", code + tail], capture_output=True, text=True, timeout=600, check=True
     )
     return result.stderr.split()
 

@@ -142,5 +142,5 @@ def test_the_fixtures_work_in_a_strangers_suite(folder: Path, tmp_path: Path) ->
         """)
     )
     command = [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", str(tmp_path)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert "2 passed" in done.stdout, done.stdout + done.stderr

@@ -24,6 +24,7 @@ from lightllm_builtin.tool_parsers.scan import PYTHON, Fault, Steps, first_of
 
 _NAME = re.compile(r"[-.\w]+")
 _AFTER = frozenset(",)")
+_SIGN = re.compile("[-+]+")
 _JOINED = frozenset("\"'rRuU")
 """What a string that is joined with what is before it, be it a prefix, begins with."""
 
@@ -74,6 +75,8 @@ class PythonicParser(CallParser):
 
     def _value(self) -> Steps[None]:
         """A literal, and the space after it, up to a comma or the bracket. Strings may be several, to be joined."""
+        if (yield from self.run(_SIGN)):
+            yield from self.space()
         while True:
             yield from self.value()
             yield from self.space()

@@ -21,8 +21,8 @@ import psutil
 
 from lightllm.testing.scripted.checkpoint import is_scripted, write_scripted
 
-READY_SECONDS = 120
-ANSWER_SECONDS = 120
+READY_SECONDS = 300
+ANSWER_SECONDS = 300
 LOG_LINES = 30
 """Shown with a failure."""
 
