@@ -32,10 +32,10 @@ class History:
     def of(cls, rows: Sequence[SamplingRow], device: torch.device | str) -> History:
         """By itself, for tests and measurements; ``rows`` know all their tokens."""
         together = [[*row.prompt, *row.output] for row in rows]
-        table = torch.zeros(len(rows), max(map(len, together), default=0), dtype=torch.int32)
-        for i, tokens in enumerate(together):
-            table[i, : len(tokens)] = torch.tensor(tokens)
-        return cls(table.to(device), torch.arange(len(rows), device=device))
+        longest = max(map(len, together), default=0)
+        padded = [tokens + [0] * (longest - len(tokens)) for tokens in together]
+        table = torch.tensor(padded, dtype=torch.int32, device=device).view(len(rows), longest)
+        return cls(table, torch.arange(len(rows), device=device))
 
     def counts(self, which: torch.Tensor, starts: Sequence[int], ends: Sequence[int], vocabulary: int) -> torch.Tensor:
         """How often each token occurs: [which, vocabulary] float32. ``which``: [which] int64, numbers of the sequences
