@@ -41,7 +41,7 @@ def tool(name: str, strict: bool = False, **properties: Any) -> dict[str, Any]:
 
 
 TOOLS = [tool("get_weather", city={"type": "string"}), tool("get", strict=True, n={"type": "integer"}), tool("now")]
-LOOSE = [tool("get_weather", city={"type": "string"}), tool("get", n={"type": "integer"})]
+LOOSE = [tool("get_weather", city={"type": "string"}), tool("get", n={"type": "integer", "minimum": 0, "maximum": 999})]
 PARIS, SEVEN = '{"city":"Paris"}', '{"n":7}'
 WEATHER = ("get_weather", PARIS)
 
