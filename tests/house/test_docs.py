@@ -273,6 +273,7 @@ def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
         yield site
 
 
+@pytest.mark.usefixtures("demo_model")  # else the log tells of a download
 def test_a_broken_plugin_is_told_of_as_the_page_says(broken: Site) -> None:
     command = [sys.executable, "-m", "lightllm", "--model", "demo", "--sampler", "mine"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
